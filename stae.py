@@ -1,0 +1,912 @@
+"""Self-Teaching Autoencoder (STAE): an autoencoder that learns to reconstruct images without a reconstruction loss.
+
+    python stae.py                                       # shapes: two minutes on two CPU cores, no download
+    python stae.py --dataset cifar10 --transform crop    # the recipe
+    python stae.py --dataset cifar10 --objective mse     # the plain autoencoder, everything else equal
+    python stae.py --dataset my_photos/ --size 64        # any folder of images, or an .npz
+    python stae.py --eval runs/NAME/checkpoint.pt        # the table and the picture again
+
+The method, whole in sections 2 to 5:
+
+    z = E(x), x_hat = D(z)                               # encoder, decoder
+    loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: a random crop or mask, the same for both
+
+The judge J is the encoder itself, its weights held constant for the step, so the decoder must mend what the judge still
+sees. No pixel of x_hat is ever compared with a pixel of x. SIGReg keeps the code near N(0, I), so nothing collapses.
+Without T the pair may settle on images that resemble x to E alone: a private language.
+
+Method: Matteo Peluso, "Self-Teaching Autoencoder", https://github.com/the-puzzler/leautoencoder (May 2026).
+SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544. The numbers, and the commands that made them: README.md.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pytest>=8"]
+# ///
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms import functional as TF
+from torchvision.utils import save_image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Data: uint8 images (N, C, H, W), small enough to live on the device. make_ and read_ return them with their labels
+# (N,), or None, and how many of them, at the end, are the test split
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used: one line that names it and the remedy."""
+
+
+class Split(NamedTuple):
+    """images: (N, C, S, S) uint8, C 1 or 3. labels: (N,) int64, or None."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def make_shapes(count=12_000, size=32, seed=0):
+    """Draw two discs, rings or rectangles per image in grey on black; the label, 0 to 2, is the kind of the front one.
+
+    After the author's toy set. Edges are blended in integers, so every machine draws the same bytes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return torch.randint(low, high, (count, 1, 1), generator=generator)
+
+    y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
+    canvas = torch.zeros(count, size, size, dtype=torch.int32)
+    for _ in range(2):
+        kind, grey, radius, other = draw(0, 3), draw(80, 256), draw(3, 10), draw(3, 10)
+        dy, dx = (y - draw(5, size - 5)).abs(), (x - draw(5, size - 5)).abs()
+        distance = (dy**2 + dx**2).float().sqrt()
+        disc = radius + 0.5 - distance  # how far inside its edge each pixel lies, (count, size, size)
+        ring = torch.minimum(disc, distance - radius + 2.5)
+        rectangle = torch.minimum(radius - dy, other - dx) + 0.5
+        inside = torch.where(kind == 0, disc, torch.where(kind == 1, ring, rectangle))
+        cover = (inside.clamp(0, 1) * 256).int()
+        canvas = (grey * cover + canvas * (256 - cover)) // 256
+    return canvas.to(torch.uint8)[:, None], kind.flatten(), count // 6
+
+
+def fit(images, size=None):
+    """Centre crop (..., C, H, W) uint8 to a square, then resize it (antialiased) to `size` pixels when given."""
+    side = min(images.shape[-2:])
+    images = TF.center_crop(images, [side, side])
+    return images if size in (None, side) else TF.resize(images, [size, size], antialias=True)
+
+
+def read_cifar10(root):
+    """CIFAR-10, found in `root` or downloaded to it by torchvision. Raises BadInput when neither works."""
+    try:
+        sets = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, a mirror that is down, a broken archive, a folder that cannot be written
+        raise BadInput(f"cifar10 is not in --data {root} and cannot be downloaded ({error}); "
+                       "put cifar-10-batches-py/ there or pass --dataset FILE.npz") from None
+    images = torch.from_numpy(np.concatenate([s.data for s in sets])).permute(0, 3, 1, 2)
+    return images, torch.tensor(sets[0].targets + sets[1].targets), len(sets[1].targets)
+
+
+def read_npz(path):
+    """x_train, y_train, x_test, y_test, or x and y alone: x (N, H, W, 1 or 3) uint8, y integers; y and test can lack.
+
+    Raises BadInput for anything else. Never unpickles.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, EOFError, ValueError, ...
+        raise BadInput(f"{path}: not a readable .npz ({error})") from None
+    ends = [end for end in ("_train", "_test") if "x" + end in arrays] if "x_train" in arrays else [""]
+    for end in ends:
+        x, y = arrays.get("x" + end), arrays.get("y" + end)
+        if x is None:
+            raise BadInput(f"{path}: holds {sorted(arrays)}; it must hold x_train (and x_test), or x")
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.size == 0:
+            raise BadInput(f"{path}: x{end} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 1 or 3)")
+        if x.shape[1:] != arrays["x" + ends[0]].shape[1:]:
+            raise BadInput(f"{path}: images differ in shape, x_train {arrays['x_train'].shape}, x_test {x.shape}")
+        if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
+            raise BadInput(f"{path}: y{end} is {y.dtype} {y.shape}; it must be {len(x)} integers, one per image")
+    x, y = (np.concatenate([arrays[k + end] for end in ends if k + end in arrays] or [[]]) for k in "xy")
+    labels = torch.from_numpy(y.astype(np.int64)) if len(y) == len(x) else None
+    return torch.from_numpy(x).permute(0, 3, 1, 2), labels, len(arrays["x_test"]) if "_test" in ends else 0
+
+
+def read_folder(folder, size=None):
+    """Every image below `folder` as RGB, fitted to `size`; unreadable ones are skipped, counted, the first named.
+
+    The first-level subfolders are the classes when every image lies in one. Raises BadInput when no image is left, or
+    when sizes differ and no `size` is given.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    images, classes, unreadable = [], [], []
+    for file in files:
+        try:
+            images.append(fit(TF.pil_to_tensor(default_loader(file)), size))
+            classes.append(file.relative_to(folder).parts[0] if file.parent != folder else "")
+        except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
+            unreadable.append(f"{file} ({error})")
+    if unreadable:
+        print(f"skipped {len(unreadable)} of {len(files)} images, unreadable: first {unreadable[0]}", file=sys.stderr)
+    if not images:
+        raise BadInput(f"{folder}: no readable image below it ({len(files)} files named {' '.join(IMG_EXTENSIONS)})")
+    if len(sides := {image.shape[-1] for image in images}) > 1:
+        raise BadInput(f"{folder}: images are {min(sides)} to {max(sides)} pixels wide; make them equal with --size")
+    names = sorted(set(classes))
+    labels = None if "" in names else torch.tensor([names.index(name) for name in classes])
+    return torch.stack(images), labels, 0
+
+
+def load_data(dataset, root="data", size=None, validation=0):
+    """Load "shapes", "cifar10" (in or to `root`), a folder of images or an .npz -> train and test Split, on the CPU.
+
+    size: side in pixels to resize to. A set without a test split holds out a tenth, always the same. validation: when
+    positive, the last `validation` training images take the place of the test split. Raises BadInput.
+    """
+    if dataset == "shapes":
+        images, labels, tests = make_shapes()
+    elif dataset == "cifar10":
+        images, labels, tests = read_cifar10(root)
+    elif Path(dataset).is_dir():
+        images, labels, tests = read_folder(Path(dataset), size)
+    elif Path(dataset).is_file() and dataset.endswith(".npz"):
+        images, labels, tests = read_npz(dataset)
+    else:
+        raise BadInput(f"--dataset {dataset}: expected shapes, cifar10, or a folder or an .npz that exists")
+    order = torch.arange(len(images))
+    if not tests:
+        tests = max(1, len(images) // 10)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:-tests], order[-tests:]
+    if validation >= max(1, len(train)):
+        raise BadInput(f"--validation {validation} leaves none of the {len(train)} training images; pass less")
+    if validation:
+        train, test = train[:-validation], train[-validation:]
+    images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
+    return [Split(images[part], None if labels is None else labels[part]) for part in (train, test)]
+
+
+def as_float(images):
+    """(N, C, H, W) uint8 in 0..255 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def generator_for(device, *key):
+    """A random generator on `device` whose stream is a function of the integers in `key` alone, e.g. (seed, step)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def batches(images, batch_size, seed, start, stop):
+    """Yield (step, (B, C, H, W) float in [0, 1]) for start <= step < stop from (N, C, H, W) uint8, in random order.
+
+    The batch of a step depends on (seed, step) alone. What is left over at the end of an epoch is dropped.
+    """
+    per_epoch, order = len(images) // batch_size, None
+    for step in range(start, stop):
+        epoch, place = divmod(step, per_epoch)
+        if order is None or place == 0:
+            generator = generator_for(images.device, seed, 1, epoch)
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+        yield step, as_float(images[order[place * batch_size : (place + 1) * batch_size]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Transforms T: drawn once per image and step, applied identically to x and x_hat. Ideas and settings: the author's
+
+
+def draw_boxes(shape, generator, smallest, largest):
+    """Draw crop boxes for images of `shape` (B, C, H, W) -> (B, 4) int64 (top, left, height, width), in whole pixels.
+
+    The side, a fraction of the image's, is log-uniform in [smallest, largest], at least a pixel; the place is uniform.
+    """
+    size = torch.tensor(shape[2:], device=generator.device)  # (H, W)
+    uniform = torch.rand(shape[0], 3, device=generator.device, generator=generator)
+    side = (smallest * (largest / smallest) ** uniform[:, :1] * size).round().clamp(min=1)  # (B, 2)
+    corner = (uniform[:, 1:] * (size - side + 1)).floor()
+    return torch.cat((corner, side), dim=1).long()
+
+
+def crop(images, boxes):
+    """Cut a box (B, 4) out of each image (B, C, H, W) and blow it up to full size, bilinear, all in one grid_sample.
+
+    Equals slicing followed by F.interpolate(mode="bilinear"), at every pixel.
+    """
+    axes = []
+    for axis in (0, 1):
+        size, start, extent = images.shape[2 + axis], boxes[:, axis, None], boxes[:, 2 + axis, None]
+        place = (torch.arange(size, device=images.device) + 0.5) * extent / size - 0.5  # (B, size), pixels of the box
+        pixel = start + place.clamp(min=0).minimum(extent - 1.0)  # what lies outside the box must not bleed in
+        axes.append((2 * pixel + 1) / size - 1)  # to grid_sample's [-1, 1]
+    y, x = axes
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def draw_mask(kind, shape, generator, ratio):
+    """Draw a mask for images of `shape` (B, C, H, W) -> float, broadcastable to it, 1 to keep and 0 to black out.
+
+    pixel, patch (4x4): exactly round(ratio * places) are 0, shared by the channels. channel: each with chance `ratio`.
+    """
+    batch, channels, height, width = shape
+    if kind == "channel":
+        return (torch.rand(batch, channels, 1, 1, device=generator.device, generator=generator) >= ratio).float()
+    cell = 4 if kind == "patch" else 1
+    places = (height // cell) * (width // cell)
+    ranks = torch.rand(batch, places, device=generator.device, generator=generator).argsort(dim=1)
+    keep = (ranks >= round(ratio * places)).float().view(batch, 1, height // cell, width // cell)
+    return keep.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
+
+
+def blur(images, side):
+    """Mean over a side x side window (odd), at the border over its part inside the image."""
+    return F.avg_pool2d(images, side, stride=1, padding=side // 2, count_include_pad=False)
+
+
+def detail(name, images):
+    """One filter of the author's detail stack: (B, C, H, W) in [0, 1] -> the same shape and range."""
+    grey = images.mean(dim=1, keepdim=True)
+    if name == "blur":
+        return blur(images, 11)
+    if name == "colour":
+        saturated = (grey + 1.8 * (images - grey)).clamp(0, 1)
+        mean = saturated.mean(dim=(1, 2, 3), keepdim=True)
+        return (mean + 1.4 * (saturated - mean)).clamp(0, 1)
+    if name == "edges":
+        sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
+        slopes = F.conv2d(grey, torch.stack((sobel, sobel.T))[:, None], padding=1)
+        residual = (slopes.square().sum(dim=1, keepdim=True) + 1e-12).sqrt().expand_as(images)
+    else:
+        residual = images - blur(images, 5)
+    if name == "contrast":
+        residual = residual / (blur(residual.square(), 5) + 1e-4).sqrt()
+    residual = residual / (residual.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-6)
+    return (1 + residual) / 2 if name == "contrast" else residual.abs()
+
+
+DETAILS = ("blur", "colour", "edges", "residual", "contrast")
+TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
+
+
+def draw_views(transform, shape, generator, views=1, crop_range=(0.25, 1.0), mask_ratio=0.7):
+    """Draw all that is random about T for a batch of `shape` (B, C, H, W) -> a list of (weight, name, draw) per view.
+
+    Weights sum to 1; draw is a tensor, or None for "none" and for "stack", which is the full image beside five details.
+    Raises ValueError for a transform that is not in TRANSFORMS.
+    """
+    if transform not in TRANSFORMS:
+        raise ValueError(f"unknown transform {transform!r}, expected one of {', '.join(TRANSFORMS)}")
+    if transform == "none":
+        return [(1.0, "none", None)]
+    if transform == "stack":
+        return [(0.5, "none", None)] + [(0.5 / len(DETAILS), name, None) for name in DETAILS]
+    if transform == "crop":
+        return [(1 / views, "crop", draw_boxes(shape, generator, *crop_range)) for _ in range(views)]
+    return [(1 / views, transform, draw_mask(transform, shape, generator, mask_ratio)) for _ in range(views)]
+
+
+def apply_transform(name, draw, images):
+    """T of one drawn view: (B, C, H, W) float -> the same shape. The same draw is the same T, whatever the images."""
+    if name == "none":
+        return images
+    if name == "crop":
+        return crop(images, draw)
+    return detail(name, images) if name in DETAILS else images * draw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Model: the author's network
+
+
+class Down(nn.Module):
+    """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions beside a skip that has no weights."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+
+    def forward(self, x):
+        skip = F.pixel_unshuffle(x, 2).unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)  # groups of 4i
+        return F.silu(skip + self.conv2(F.silu(self.conv1(x))))
+
+
+class Up(nn.Module):
+    """Double the side, (B, i, h, w) -> (B, o, 2h, 2w): nearest, then two 3x3 convolutions beside a 1x1."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.skip = nn.Conv2d(inputs, outputs, 1)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        return F.silu(self.skip(x) + self.conv2(F.silu(self.conv1(x))))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) in [0, 1] -> features (B, C, H/8, W/8), and the activations after the stem and the first Down.
+
+    This is also the judge. The norm of the code is not in here: transformed views must not move its statistics.
+    """
+
+    def __init__(self, channels, width, latent_channels):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+        self.down1 = Down(width, 2 * width)
+        self.down2 = Down(2 * width, latent_channels)
+
+    def forward(self, images):
+        stem = F.silu(self.stem(images))  # (B, w, H/2, W/2)
+        middle = self.down1(stem)  # (B, 2w, H/4, W/4)
+        return self.down2(middle), (stem, middle)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, norm of the code, decoder, for images (B, channels, H, W) in [0, 1] of any sides divisible by 8.
+
+    width: w, channels after the stem. latent_channels: C of the code (B, C, H/8, W/8), must divide 8w.
+    forward: images -> their reconstructions, the same shape and range.
+    """
+
+    def __init__(self, channels=3, width=64, latent_channels=8):
+        super().__init__()
+        self.encoder = Encoder(channels, width, latent_channels)
+        self.norm = nn.BatchNorm2d(latent_channels, affine=False)  # an affine part would work against SIGReg
+        ups = Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)
+        self.decoder = nn.Sequential(*ups, nn.Conv2d(width, channels, 3, padding=1))
+
+    def encode(self, images):
+        """Images -> code (B, C, H/8, W/8) float32, near mean 0 and deviation 1 per channel."""
+        return self.norm(self.encoder(images)[0].float())
+
+    def decode(self, z):
+        """Code (B, C, h, w) -> images (B, channels, 8h, 8w) in [0, 1], float32 under autocast too."""
+        return self.decoder(z).float().sigmoid()
+
+    def forward(self, images):
+        return self.decode(self.encode(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. SIGReg: is the code a standard Gaussian? LeJEPA, arXiv 2511.08544, Algorithm 1; the recurrence of cosines is ours
+
+
+def draw_slices(dimensions, count, generator):
+    """Draw `count` directions, uniform on the sphere, as unit columns (dimensions, count)."""
+    return F.normalize(torch.randn(dimensions, count, device=generator.device, generator=generator), dim=0)
+
+
+def sigreg(codes, slices, knots=17, t_max=3.0):
+    """Epps-Pulley statistic of the codes (N, D) or (N, D, h, w) along slices (D, M), mean over slices -> scalar.
+
+    N * sum over knots t in [0, t_max] of weight * |mean over N of exp(i t s) - exp(-t^2/2)|^2, the weight exp(-t^2/2)
+    times the trapezoid on [-t_max, t_max]. Spatial codes: each position over the batch, then mean over positions.
+    Expectation 1.05 for N(0, I) codes, whatever N and D; 0.402 * N when every code is 0. It grows with N for a fixed
+    mismatch, so its weight in a loss belongs to a batch size.
+    """
+    with torch.autocast(codes.device.type, enabled=False):  # small differences of means: bf16 would drown them
+        codes = codes.float().reshape(*codes.shape[:2], -1).permute(2, 0, 1)  # (P, N, D), P positions
+        dt = t_max / (knots - 1)
+        angle = dt * (codes @ slices)  # (P, N, M)
+        cos1, sin1 = angle.cos(), angle.sin()
+        cos, sin, total = cos1, sin1, 0.0
+        for k in range(1, knots):  # at t = 0 there is no difference
+            gaussian = torch.e ** (-((k * dt) ** 2) / 2)
+            weight = gaussian * (dt if k == knots - 1 else 2 * dt)
+            total = total + weight * ((cos.mean(dim=1) - gaussian) ** 2 + sin.mean(dim=1) ** 2)  # (P, M)
+            cos, sin = cos * cos1 - sin * sin1, sin * cos1 + cos * sin1  # angle addition: one cosine serves all knots
+        return codes.shape[1] * total.mean()  # mean over positions and slices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Objective: pure functions of a model, a batch and the step's draws
+
+JUDGES = ("frozen", "live", "ema", "random")
+
+
+def judge_weights(encoder, judge, kept=None):
+    """The weights that the judge looks with, by parameter name.
+
+    frozen: the encoder's, held constant. live: the encoder's, gradient and all. ema, random: `kept`, a copy of the
+    encoder's initial weights that the caller moves after each step (ema) or leaves alone (random).
+    """
+    if judge == "live":
+        return dict(encoder.named_parameters())
+    if judge == "frozen":
+        return {name: weight.detach() for name, weight in encoder.named_parameters()}
+    return kept
+
+
+def code_distance(target, seen):
+    """d for (B, C, h, w): mean over batch, channels and positions of ((seen - target) / (s + 1e-3))^2 -> scalar.
+
+    s: the target's standard deviation per channel, over batch and positions. One scale for both sides: normalising each
+    by its own statistics, as the author does, would hide any cast common to the batch.
+    """
+    target, seen = target.float(), seen.float()
+    scale = target.std(dim=(0, 2, 3), correction=0, keepdim=True)
+    return ((seen - target) / (scale + 1e-3)).square().mean()
+
+
+def layer_distance(targets, seen):
+    """Sum over layers of mean((seen - target)^2) / (variance of target + 1e-4) -> scalar, float32."""
+    pairs = [(t.float(), s.float()) for t, s in zip(targets, seen)]
+    return sum((s - t).square().mean() / (t.var(correction=0) + 1e-4) for t, s in pairs)
+
+
+def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
+    """The self-teaching objective for images (B, 3, H, W) in [0, 1] -> loss (scalar), its terms by name.
+
+    views: from draw_views. slices: (C, M) from draw_slices. judge: from judge_weights; if it requires gradient (live),
+    it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: for the inner activations.
+    """
+
+    def look(images):
+        return torch.func.functional_call(model.encoder, judge, images)
+
+    z = model.encode(images)  # (B, C, h, w)
+    x_hat = model.decode(z)  # (B, 3, H, W)
+    live = any(weight.requires_grad for weight in judge.values())
+    codes, distance, layers = [z], 0.0, 0.0
+    for weight, name, draw in views:
+        with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
+            target, target_layers = look(apply_transform(name, draw, images))
+        seen, seen_layers = look(apply_transform(name, draw, x_hat))
+        distance = distance + weight * code_distance(target, seen)
+        if layer_weight:
+            layers = layers + weight * layer_distance(target_layers, seen_layers)
+        if live:  # normalised by their own batch: the running statistics belong to full images
+            codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
+    gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
+    loss = distance + layer_weight * layers + sigreg_weight * gaussian
+    terms = {"distance": distance, "layers": layers, "sigreg": gaussian}
+    return loss, terms if layer_weight else {"distance": distance, "sigreg": gaussian}
+
+
+def mse_loss(model, images):
+    """The baseline: mean over batch, channels and pixels of (D(E(x)) - x)^2 -> loss (scalar), its terms by name."""
+    loss = (model(images) - images).square().mean()
+    return loss, {"mse": loss}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Evaluation: in float32, over a whole split
+
+
+def psnr(mse):
+    """Mean squared error of images in [0, 1] -> PSNR in dB, infinite for 0."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def luma_chroma(images):
+    """RGB (B, 3, H, W) -> luma (B, 1, H, W) and chroma (B, 2, H, W) as in JPEG (BT.601). Grey has no chroma."""
+    if images.shape[1] == 1:
+        return images, torch.zeros_like(images)
+    matrix = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    return torch.einsum("pc,bchw->bphw", torch.tensor(matrix, device=images.device), images).split([1, 2], dim=1)
+
+
+def ssim(x, y):
+    """Structural similarity of (B, C, H, W) in [0, 1], sides at least 11 -> (B,), 1 for equal images.
+
+    Wang et al. 2004: Gaussian window of 11, sigma 1.5, inside the image only; mean over channels and places.
+    """
+    window = torch.exp(-((torch.arange(11, device=x.device) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.outer(window, window)[None, None] / window.sum() ** 2
+    channels = x.shape[1]
+    x, y = (images.flatten(0, 1)[:, None] for images in (x, y))  # (B*C, 1, H, W): each channel an image of its own
+    mx, my, xx, yy, xy = (F.conv2d(images, window) for images in (x, y, x * x, y * y, x * y))
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
+    return score.unflatten(0, (-1, channels)).mean(dim=(1, 2, 3, 4))
+
+
+def variation(images):
+    """Sum of absolute horizontal and vertical differences, (B, C, H, W) -> (B,). Sharpness is a ratio of two."""
+    return sum(images.diff(dim=dim).abs().flatten(1).sum(dim=1) for dim in (2, 3))
+
+
+def pca_psnr(train, test, dimensions):
+    """PSNR on `test` of the best linear code of that many numbers, fitted on `train`: both (N, C, H, W) uint8 -> dB."""
+    flat = as_float(train).flatten(1)  # (N, C*H*W)
+    mean = flat.mean(dim=0)
+    if len(mean) <= 4096:
+        basis = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -dimensions:]
+    else:  # too many pixels for their covariance
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            basis = torch.svd_lowrank(flat - mean, q=min(dimensions + 16, *flat.shape), niter=4)[2][:, :dimensions]
+    rest = (as_float(part).flatten(1) - mean for part in test.split(1000))
+    return psnr(sum((x - x @ basis @ basis.T).square().sum().item() for x in rest) / test.numel())
+
+
+EXPLAIN = {  # every number of the table, and the keys of metrics.json
+    "psnr": "dB, of the mean squared error over the whole split",
+    "psnr_luma": "dB, of the brightness alone",
+    "psnr_chroma": "dB, of the two colour planes alone",
+    "mse": "mean squared error, pixels in [0, 1]",
+    "ssim": "structural similarity, 1 for equal images",
+    "sharpness": "sum of pixel differences, reconstructions over originals",
+    "sigreg": "SIGReg of the codes in groups of 128, 1.05 for a Gaussian",
+    "min_std": "smallest deviation of a code channel, near 0 on collapse",
+    "pca_psnr": "dB, the floor: the best linear code of the same size",
+    "code_size": "numbers per image",
+    "parameters": "weights of encoder and decoder",
+    "train_seconds": "training alone",
+    "images_per_second": "training alone",
+    "seed": "of initial weights and all draws",
+}
+
+
+@torch.no_grad()
+def evaluate(model, train, test, batch_size=250):
+    """Measure a model on a whole split -> the keys of EXPLAIN up to "parameters". Leaves the model in eval mode.
+
+    train, test: (N, C, H, W) uint8 on the model's device; train serves the PCA floor alone.
+    """
+    model.eval()
+    rows, codes = [], []
+    for x in map(as_float, test.split(batch_size)):
+        codes.append(model.encode(x))
+        x_hat = model.decode(codes[-1])
+        squares = [error.square().mean(dim=(1, 2, 3)) for error in (x_hat - x, *luma_chroma(x_hat - x))]
+        rows.append(torch.stack([*squares, ssim(x, x_hat), variation(x_hat), variation(x)], dim=1))  # (B, 6)
+    mse, luma, chroma, similarity, sharp, sharp_original = torch.cat(rows).double().mean(dim=0).tolist()
+    codes = torch.cat(codes)  # (N, C, h, w)
+    slices = draw_slices(codes.shape[1], 256, generator_for(codes.device, 0))
+    groups = codes.split(128)[: max(1, len(codes) // 128)]
+    return {
+        "psnr": psnr(mse), "psnr_luma": psnr(luma), "psnr_chroma": psnr(chroma), "mse": mse, "ssim": similarity,
+        "sharpness": sharp / max(sharp_original, 1e-9),
+        "sigreg": sum(sigreg(group, slices).item() for group in groups) / len(groups),
+        "min_std": codes.transpose(0, 1).flatten(1).std(dim=1).min().item(),
+        "pca_psnr": pca_psnr(train, test, codes[0].numel()),
+        "code_size": codes[0].numel(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+    }
+
+
+def report(results, path):
+    """Print the table, and write it to `path` as JSON; what has no finite value is null there and a dash on screen."""
+    results = {name: value if math.isfinite(value) else None for name, value in results.items()}
+    for name, meaning in EXPLAIN.items():
+        value = results[name]
+        text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        print(f"{name:18}{text:>9}  {meaning}")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {path.parent}{os.sep}")
+
+
+def save_rows(path, rows):
+    """Save a picture: one row per batch, up to 16 images (n, C, H, W) in [0, 1] each, small ones magnified."""
+    tiles = torch.cat([row[:16] for row in rows]).cpu()
+    tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]))
+    save_image(tiles, path, nrow=len(rows[0][:16]), pad_value=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Training
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 100 steps (a tenth of a short run), then a cosine from `peak` to 5 % of it."""
+    warmup = min(100, steps // 10 + 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.05 + 0.95 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
+
+
+def training_loss(model, images, generator, kept, config):
+    """Make the step's draws and call the objective that config names -> loss, terms. kept: as in judge_weights."""
+    if config.objective == "mse":
+        return mse_loss(model, images)
+    views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
+    slices = draw_slices(config.latent_channels, config.slices, generator)
+    judge = judge_weights(model.encoder, config.judge, kept)
+    return stae_loss(model, images, views, slices, judge, config.sigreg_weight, config.judge_layers)
+
+
+def train(model, images, config, log_path):
+    """Train on (N, C, H, W) uint8 on the model's device -> kept judge (None for frozen and live), seconds, images/s.
+
+    config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
+    FloatingPointError when one is not finite.
+    """
+    device, steps = images.device, config.epochs * (len(images) // config.batch_size)
+    every = min(50, max(1, steps // 20))  # between rows the terms stay on the device: reading one waits for it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
+    sums, logged, begun, terminal = 0.0, 0, time.perf_counter(), sys.stdout.isatty()
+    model.train()
+    with open(log_path, "w") as log:
+        for step, x in batches(images, config.batch_size, config.seed, 0, steps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, terms = training_loss(model, x, generator_for(device, config.seed, 0, step), kept, config)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, config.lr)
+            optimizer.step()
+            if config.judge == "ema":
+                for name, weight in model.encoder.named_parameters():
+                    kept[name].lerp_(weight.detach(), 1 - 0.999)
+            sums = sums + torch.stack([loss, *terms.values(), norm]).detach()
+            done = step + 1
+            if done % every and done < steps:
+                continue
+            means = dict(zip(["loss", *terms, "gradient_norm"], (sums / (done - logged)).tolist()))
+            seconds = time.perf_counter() - begun
+            speed, sums = done * config.batch_size / seconds, 0.0
+            if logged == 0:
+                print("step", *means, "lr", "seconds", "images_per_second", sep=",", file=log)
+            print(done, *means.values(), lr, f"{seconds:.2f}", f"{speed:.1f}", sep=",", file=log, flush=True)
+            text = f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            text += f"  {speed:,.0f} images/s, {seconds / done * (steps - done):.0f} s left"
+            if terminal:  # one line that rewrites itself
+                print(f"\r\033[K{text}", end="\n" if done == steps else "", flush=True)
+            elif done == steps or done * 10 // steps > logged * 10 // steps:  # about ten lines
+                print(text, flush=True)
+            logged = done
+            if not math.isfinite(sum(means.values())):
+                raise FloatingPointError(f"step {done}: not finite: {means}; try a lower --lr")
+    return kept if config.judge in ("ema", "random") else None, round(seconds, 1), round(speed, 1)
+
+
+def save_checkpoint(path, model, judge, config, results):
+    """Write plain dicts and tensors, which load with weights_only=True; the file appears whole or not at all."""
+    torch.save({"config": vars(config), "model": model.state_dict(), "judge": judge, "results": results}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint -> its dict, and the Autoencoder on the CPU in eval mode. Raises BadInput for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        model = Autoencoder(config["channels"], config["width"], config["latent_channels"])
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        raise BadInput(f"{path}: not a checkpoint of stae.py ({error})") from None
+    return checkpoint, model.eval()
+
+
+def load_model(path, device="cpu"):
+    """The Autoencoder of a checkpoint, in eval mode: model.encode(images), model.decode(z). Raises BadInput."""
+    return load_checkpoint(path)[1].to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Command line
+
+PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of faces above
+    "shapes": dict(transform="pixel", width=32, latent_channels=8, epochs=15, lr=3e-3),
+    "cifar10": dict(transform="crop", width=64, latent_channels=8, epochs=15, lr=3e-3),
+    "faces": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
+}
+DEFAULTS = dict(  # of all sets
+    dataset="shapes", data="data", device="auto", validation=0, objective="stae", judge="frozen", crop=[0.25, 1.0],
+    views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, batch_size=128, seed=0, precision="auto"
+)
+RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are BadInput, one line, instead of the usage of thirty flags."""
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def number(cast, low, high=math.inf, above=False):
+    """An argparse type: an int or a float in [low, high], or in (low, high] when `above`."""
+
+    def parse(text):
+        try:
+            value = cast(text)
+            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+                return value
+        except ValueError:
+            pass
+        kind = "an integer" if cast is int else "a number"
+        rule = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {rule}")
+
+    return parse
+
+
+def build_parser():
+    """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    share, count, weight = number(float, 0, 1, above=True), number(int, 1), number(float, 0)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
+    add("--data", metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
+    add("--size", type=count, help="side in pixels to resize to, after a square crop (default: as is)")
+    add("--validation", type=number(int, 0), metavar="N", help="test on the last N training images instead")
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", choices=("stae", "mse"), help="mse, the baseline, ignores this group (default: stae)")
+    add("--transform", choices=TRANSFORMS, help="T (default: pixel for shapes, crop otherwise)")
+    add("--judge", choices=JUDGES, help="the encoder held for the step, trained, averaged, untrained (default: frozen)")
+    add("--crop", type=share, nargs=2, metavar=("MIN", "MAX"), help="side, as a fraction (default: 0.25 1)")
+    add("--views", type=number(int, 1, 64), metavar="K", help="transformations per image and step (default: 1)")
+    add("--judge-layers", type=weight, metavar="W", help="weight of the judge's inner activations (default: 0)")
+    add("--mask-ratio", type=share, help="share of pixels, patches or channels blacked out (default: 0.7)")
+    add("--sigreg-weight", type=weight, help="lambda; it belongs to a batch size (default: 0.03)")
+    add("--slices", type=count, help="directions that SIGReg tests per step (default: 64)")
+    add = parser.add_argument_group("model and training").add_argument
+    add("--width", type=count, help="channels after the stem (default: shapes 32, up to 64 pixels 64, else 128)")
+    add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8 up to 64 pixels, else 32)")
+    add("--epochs", type=count, help="passes over the training images (default: 15 up to 64 pixels, else 50)")
+    add("--batch-size", type=number(int, 2), help="images per step (default: 128)")
+    add("--lr", type=number(float, 0, above=True), help="peak of AdamW (default: 0.003 up to 64 pixels, else 0.001)")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="of the initial weights and all draws (default: 0)")
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
+    add("--out", type=Path, metavar="DIR", help="folder to write to (default: a new one under runs/)")
+    add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
+    add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="draw what each run folder makes of the test images")
+    return parser
+
+
+def pick_device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device. Raises BadInput for what this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; pass --device auto or cpu")
+    return device
+
+
+def pick_precision(name, device):
+    """auto -> bf16 where the machine has instructions for it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+
+
+def check_flags(given):
+    """Refuse what cannot work before any data is read or folder made. Raises BadInput."""
+    if given.get("size", 16) < 16 or given.get("size", 16) % 8:
+        raise BadInput(f"--size {given['size']}: the side must be at least 16 and divisible by 8")
+    low, high = given.get("crop", (0, 1))
+    if low > high:
+        raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
+    for flag in given.keys() & {"data", "out"}:
+        if Path(given[flag]).exists() and not Path(given[flag]).is_dir():
+            raise BadInput(f"--{flag} {given[flag]} is not a folder")
+    used = [name for name in RUN_FILES if "out" in given and (given["out"] / name).exists()]
+    if used and not given.keys() & {"overwrite", "eval", "compare"}:
+        raise BadInput(f"--out {given['out']} holds a run ({used[0]}); pass another folder, or --overwrite")
+
+
+def check_sizes(config, count):
+    """Refuse a network or a batch that does not fit the `count` training images. Raises BadInput."""
+    channels, latent, good = config.channels, config.latent_channels, max(16, config.size // 8 * 8)
+    if config.size != good:
+        raise BadInput(f"images of {config.size} pixels: the side must be divisible by 8, from 16; pass --size {good}")
+    if 8 * config.width % latent:
+        raise BadInput(f"--latent-channels {latent} does not divide 8 * --width = {8 * config.width}")
+    if latent > 64 * channels:
+        raise BadInput(f"--latent-channels {latent}: the code is larger than the image; pass at most {64 * channels}")
+    if config.batch_size > count:
+        raise BadInput(f"--batch-size {config.batch_size} is more than the {count} training images; pass a smaller one")
+
+
+def free_path(folder, name, suffix=""):
+    """folder/name+suffix, or with -2, -3, ... after the name when that is taken."""
+    names = (f"{name}{end}{suffix}" for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def train_command(given):
+    """Train, measure and draw one run."""
+    config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in ("out", "overwrite")})
+    device = pick_device(config.device)
+    config.precision = pick_precision(config.precision, device)
+    train_split, test_split = load_data(config.dataset, config.data, given.get("size"), config.validation)
+    config.channels, config.size = train_split.images.shape[1:3]
+    row = config.dataset if config.dataset in PRESETS else "cifar10" if config.size <= 64 else "faces"
+    config = argparse.Namespace(**PRESETS[row] | vars(config))
+    check_sizes(config, len(train_split.images))
+    print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
+    print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
+
+    torch.manual_seed(config.seed)
+    model = Autoencoder(config.channels, config.width, config.latent_channels)
+    model = model.to(device, memory_format=torch.channels_last)
+    images, tests = train_split.images.to(device), test_split.images.to(device)
+    name = f"{Path(config.dataset).resolve().stem}-{config.objective}-{config.transform}-{config.judge}-s{config.seed}"
+    folder = given.get("out") or free_path(Path("runs"), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in RUN_FILES:
+        (folder / old).unlink(missing_ok=True)
+    judge, seconds, speed = train(model, images, config, folder / "log.csv")
+    results = {"train_seconds": seconds, "images_per_second": speed, "seed": config.seed}
+    save_checkpoint(folder / "checkpoint.pt", model, judge, config, results)
+    with torch.no_grad():
+        x, x_hat = as_float(tests[:16]), model.eval()(as_float(tests[:16]))
+    views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
+    save_rows(folder / "reconstructions.png", [x, x_hat])
+    seen = [apply_transform(name, draw, side) for _, name, draw in views for side in (x, x_hat)]
+    save_rows(folder / "transforms.png", [x, *seen])
+    report(evaluate(model, images, tests) | results, folder / "metrics.json")
+
+
+def eval_command(given):
+    """Measure a checkpoint on its own data or on --dataset; the files, eval-*, go to --out or beside the checkpoint."""
+    checkpoint, model = load_checkpoint(given["eval"])
+    stored = checkpoint["config"]
+    for name in given.keys() & stored.keys() - {"dataset", "data", "validation", "device", "precision"}:
+        if given[name] != stored[name]:
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag} {given[name]}: the checkpoint has {stored[name]}; leave the flag out")
+    config = argparse.Namespace(**stored | {"device": "auto"} | given)
+    device = pick_device(config.device)
+    splits = load_data(config.dataset, config.data, config.size, config.validation)
+    images, tests = (split.images.to(device) for split in splits)
+    if tests.shape[1] != config.channels:
+        raise BadInput(f"--dataset {config.dataset} has {tests.shape[1]} channels, the checkpoint {config.channels}")
+    folder = given.get("out", config.eval.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = free_path(folder, f"eval-{Path(config.dataset).resolve().stem}", ".json")
+    with torch.no_grad():
+        save_rows(path.with_suffix(".png"), [as_float(tests[:16]), model.to(device)(as_float(tests[:16]))])
+    report(evaluate(model, images, tests) | checkpoint["results"], path)
+
+
+def compare_command(given):
+    """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder."""
+    runs = {run: load_checkpoint(run / "checkpoint.pt") for run in given["compare"]}
+    configs = [argparse.Namespace(**checkpoint["config"] | given) for checkpoint, _ in runs.values()]
+    if len({(config.dataset, config.size, config.validation) for config in configs}) > 1:
+        raise BadInput(f"--compare: the runs have different data: {', '.join({config.dataset for config in configs})}")
+    test = load_data(configs[0].dataset, configs[0].data, configs[0].size, configs[0].validation)[1]
+    x, folder = as_float(test.images[:16]), given.get("out", Path("."))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "comparison.png" if "overwrite" in given else free_path(folder, "comparison", ".png")
+    with torch.no_grad():
+        save_rows(path, [x, *(model(x) for _, model in runs.values())])
+    print(f"written to {path}; rows from the top: originals, {', '.join(map(str, runs))}")
+
+
+def main(argv=None):
+    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 interrupted."""
+    try:
+        given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
+        check_flags(given)
+        (eval_command if "eval" in given else compare_command if "compare" in given else train_command)(given)
+        return 0
+    except (BadInput, FloatingPointError, OSError) as error:
+        print(f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
