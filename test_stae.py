@@ -1,0 +1,828 @@
+"""Three kinds of tests: against an oracle, of a property, and the real command line run tiny."""
+import ast
+import copy
+import hashlib
+import json
+import math
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import save_image
+
+import stae
+
+HERE = Path(__file__).parent
+SOURCE = (HERE / "stae.py").read_text()
+torch.set_num_threads(2)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(seed=0, channels=3):
+    torch.manual_seed(seed)
+    return stae.Autoencoder(channels, width=4, latent_channels=4)
+
+
+def tiny_step(transform="crop", views=1, seed=0, batch=6, side=16):
+    """A batch and the draws of a step."""
+    x = torch.rand(batch, 3, side, side, generator=generator(seed))
+    return x, stae.draw_views(transform, x.shape, generator(seed), views), stae.draw_slices(4, 8, generator(seed))
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------ 1. data
+
+
+def test_shapes_are_always_the_same_bytes():
+    images, labels, tests = stae.make_shapes()
+    assert images.shape == (12_000, 1, 32, 32) and images.dtype == torch.uint8 and tests == 2_000
+    assert labels.bincount().min() > 3_800
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == SHAPES_HASH
+    assert hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16] == LABELS_HASH
+
+
+SHAPES_HASH, LABELS_HASH = "3a6dbf5ae9b76fe8", "8eb66d683e88d398"
+
+
+def test_shapes_are_shapes():
+    """Black around, a third of each kind in front, and the middle of an image with rings alone is darker than with discs."""
+    images, labels, tests = stae.make_shapes(600)
+    assert 0.6 < (images == 0).float().mean() < 0.95 and tests == 100 and labels.bincount().min() > 150
+    assert images.flatten(1).amax(dim=1).min() >= 80
+    brightness = [images[labels == kind].float().mean() for kind in range(3)]
+    assert brightness[1] < brightness[0] and brightness[1] < brightness[2]
+    assert stae.make_shapes(600, seed=1)[0].ne(images).any()
+
+
+def test_batches_cover_an_epoch_and_depend_on_seed_and_step_alone():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    run = {step: (x * 255).flatten().round().int().tolist() for step, x in stae.batches(images, 3, 0, 0, 6)}
+    assert list(run) == list(range(6))
+    assert len({i for step in (0, 1, 2) for i in run[step]}) == 9  # no image twice within an epoch
+    assert [run[step] for step in (0, 1, 2)] != [run[step] for step in (3, 4, 5)]
+    again = {step: (x * 255).flatten().round().int().tolist() for step, x in stae.batches(images, 3, 0, 4, 6)}
+    assert again == {step: run[step] for step in (4, 5)}  # started in the middle of an epoch
+    other = [(x * 255).flatten().round().int().tolist() for _, x in stae.batches(images, 3, 1, 0, 3)]
+    assert other != [run[step] for step in (0, 1, 2)]
+
+
+def write_npz(path, size=16, channels=3, train=24, test=10, **extra):
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (train + test, size // 8, size // 8, channels))
+    x = coarse.repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    y = np.arange(train + test) % 3
+    arrays = dict(x_train=x[:train], y_train=y[:train], x_test=x[train:], y_test=y[train:]) | extra
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return x, y
+
+
+def test_npz_with_and_without_a_test_split(tmp_path):
+    x, y = write_npz(tmp_path / "a.npz")
+    train, test = stae.load_data(str(tmp_path / "a.npz"))
+    assert torch.equal(train.images, torch.from_numpy(x[:24]).permute(0, 3, 1, 2))
+    assert test.labels.tolist() == y[24:].tolist()
+    np.savez(tmp_path / "b.npz", x=x)
+    train, test = stae.load_data(str(tmp_path / "b.npz"))
+    assert len(train.images) == 31 and len(test.images) == 3 and train.labels is None
+    both = sorted(image.numpy().tobytes() for image in torch.cat((train.images, test.images)))
+    assert both == sorted(image.numpy().tobytes() for image in torch.from_numpy(x).permute(0, 3, 1, 2).contiguous())
+    assert torch.equal(test.images, stae.load_data(str(tmp_path / "b.npz"))[1].images)  # always the same tenth
+    train, test = stae.load_data(str(tmp_path / "a.npz"), validation=5)
+    assert torch.equal(test.images, torch.from_numpy(x[19:24]).permute(0, 3, 1, 2)) and len(train.images) == 19
+
+
+def test_size_crops_to_a_square_and_resizes(tmp_path):
+    x = np.zeros((4, 40, 64, 1), np.uint8)
+    x[:, :, 12:52] = 200  # exactly the centre square
+    np.savez(tmp_path / "wide.npz", x=x)
+    train, _ = stae.load_data(str(tmp_path / "wide.npz"), size=16)
+    assert train.images.shape == (3, 1, 16, 16) and train.images.unique().tolist() == [200]
+    assert stae.load_data(str(tmp_path / "wide.npz"))[0].images.shape == (3, 1, 40, 40)
+
+
+def write_folder(root):
+    """Two classes of 16x16 images in every format and mode people have; three files that cannot be read."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    colour = to_pil_image(pixels)
+    (root / "cats" / "deep").mkdir(parents=True), (root / "dogs").mkdir()
+    for name, image in {
+        "cats/a.png": colour, "cats/b.jpg": colour, "cats/deep/grey.png": colour.convert("L"), "dogs/c.JPEG": colour,
+        "dogs/alpha.png": colour.convert("RGBA"), "dogs/palette.png": colour.convert("P"), "dogs/d.webp": colour,
+        "dogs/cmyk.jpg": colour.convert("CMYK"), "dogs/bits.png": colour.convert("1"),
+    }.items():
+        image.save(root / name)
+    (root / "cats" / "zero.png").write_bytes(b"")
+    (root / "dogs" / "text.jpg").write_text("hello")
+    (root / "dogs" / "truncated.png").write_bytes((root / "cats/a.png").read_bytes()[:300])
+    (root / "notes.txt").write_text("not an image")
+    return pixels
+
+
+def test_folder_of_many_formats(tmp_path, capsys):
+    pixels = write_folder(tmp_path)
+    images, labels, tests = stae.read_folder(tmp_path)
+    assert images.shape == (9, 3, 16, 16) and tests == 0
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]  # a subfolder of a class belongs to the class
+    assert torch.equal(images[0], torch.from_numpy(pixels).permute(2, 0, 1))
+    said = capsys.readouterr().err
+    assert "skipped 3 of 12" in said and str(tmp_path / "cats" / "zero.png") in said
+    (tmp_path / "loose.png").write_bytes((tmp_path / "cats/a.png").read_bytes())
+    assert stae.read_folder(tmp_path)[1] is None  # an image outside of every class
+
+
+def write_cifar10(root, per_file=4):
+    """The official layout: five pickled training files and one test file of flat channel-first rows."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random, rows = np.random.default_rng(0), {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows[name] = random.integers(0, 256, (per_file, 3072), dtype=np.uint8), random.integers(0, 10, per_file).tolist()
+        (folder / name).write_bytes(pickle.dumps({"data": rows[name][0], "labels": rows[name][1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    return rows
+
+
+def test_cifar10_in_the_official_layout(tmp_path, monkeypatch):
+    rows = write_cifar10(tmp_path)
+    monkeypatch.setattr(stae.CIFAR10, "_check_integrity", lambda self: True)
+    digest = hashlib.md5((tmp_path / "cifar-10-batches-py/batches.meta").read_bytes()).hexdigest()
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": digest}
+    monkeypatch.setattr(stae.CIFAR10, "meta", meta)
+    train, test = stae.load_data("cifar10", str(tmp_path))
+    assert train.images.shape == (20, 3, 32, 32) and test.images.shape == (4, 3, 32, 32)
+    assert torch.equal(test.images, torch.from_numpy(rows["test_batch"][0]).view(4, 3, 32, 32))
+    assert train.labels[:4].tolist() == rows["data_batch_1"][1]
+
+
+# ------------------------------------------------------------------------------------------------ 2. transforms
+
+
+def test_crop_equals_slicing_and_interpolate():
+    images = torch.rand(40, 3, 24, 32, generator=generator())
+    boxes = stae.draw_boxes(images.shape, generator(1), 0.04, 1.0)
+    assert boxes[:, 2].min() == 1 and (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= 24).all() and (boxes[:, 1] + boxes[:, 3] <= 32).all()
+    for crop, image, (top, left, height, width) in zip(stae.crop(images, boxes), images, boxes.tolist()):
+        piece = image[None, :, top : top + height, left : left + width]
+        expected = F.interpolate(piece, size=(24, 32), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=0)
+
+
+def test_crop_of_the_whole_image_is_the_image():
+    images = torch.rand(3, 3, 16, 16)
+    whole = stae.draw_boxes(images.shape, generator(), 1.0, 1.0)
+    torch.testing.assert_close(stae.crop(images, whole), images, atol=1e-6, rtol=0)
+
+
+def test_crop_sides_are_log_uniform():
+    sides = stae.draw_boxes((20_000, 3, 1024, 1024), generator(), 0.1, 0.9)[:, 2] / 1024
+    position = (sides / 0.1).log() / math.log(9)
+    assert abs(position.mean() - 0.5) < 0.01 and abs(position.std() - 12**-0.5) < 0.01
+
+
+@pytest.mark.parametrize("kind, cell", [("pixel", 1), ("patch", 4)])
+def test_masks_have_an_exact_count_and_share_channels(kind, cell):
+    mask = stae.draw_mask(kind, (50, 3, 16, 24), generator(), 0.7)
+    assert mask.shape == (50, 1, 16, 24)
+    assert (mask == 0).sum(dim=(1, 2, 3)).unique().tolist() == [round(0.7 * 384 / cell**2) * cell**2]
+    blocks = mask.unfold(2, cell, cell).unfold(3, cell, cell)
+    assert (blocks.amin(dim=(4, 5)) == blocks.amax(dim=(4, 5))).all()
+    assert (mask.mean(dim=0) > 0).all()  # every place is kept sometimes
+
+
+def test_channel_mask():
+    mask = stae.draw_mask("channel", (3000, 3, 8, 8), generator(), 0.7)
+    assert mask.shape == (3000, 3, 1, 1) and abs(mask.mean() - 0.3) < 0.02
+
+
+@pytest.mark.parametrize("transform", stae.TRANSFORMS)
+def test_a_drawn_transform_is_the_same_for_both_images(transform):
+    """Equal images stay equal, every image gets its own draw whatever its neighbours, and weights sum to 1."""
+    x, views, _ = tiny_step(transform, views=2)
+    assert sum(weight for weight, _, _ in views) == pytest.approx(1)
+    assert len(views) == {"none": 1, "stack": 6}.get(transform, 2)
+    for _, name, draw in views:
+        seen = stae.apply_transform(name, draw, x)
+        assert seen.shape == x.shape and seen.min() >= 0 and seen.max() <= 1 + 1e-6
+        other = x.clone()
+        other[1:] = 0.5
+        assert torch.equal(stae.apply_transform(name, draw, other)[0], seen[0])
+    again = stae.draw_views(transform, x.shape, generator(), 2)
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(views, again) if a[2] is not None)
+
+
+def test_detail_filters_by_hand():
+    flat = torch.full((1, 3, 16, 16), 0.25)
+    assert torch.allclose(stae.detail("blur", flat), flat)
+    assert stae.detail("edges", flat)[..., 1:-1, 1:-1].max() < 0.05
+    assert stae.detail("residual", flat).max() < 1e-3
+    dot = torch.zeros(1, 1, 16, 16)
+    dot[..., 8, 8] = 1.0
+    blurred = stae.detail("blur", dot)
+    assert blurred[..., 8, 8].item() == pytest.approx(1 / 121) and blurred[..., 2, 8] == 0
+    assert blurred[..., 15, 8] == 0 and stae.blur(dot, 11)[..., 13, 8].item() == pytest.approx(1 / (11 * 8))
+    assert stae.detail("residual", dot)[..., 8, 8].item() == pytest.approx(1, abs=1e-4)
+    edges = stae.detail("edges", dot)[0, 0]
+    assert edges[8, 8] < 1e-3 and edges[8, 7].item() == pytest.approx(1, abs=1e-4)
+    assert edges[7, 7].item() == pytest.approx(0.5**0.5, abs=1e-4)
+    red = torch.tensor([0.6, 0.3, 0.3]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    saturated = torch.tensor([0.4 + 1.8 * 0.2, 0.4 - 1.8 * 0.1, 0.4 - 1.8 * 0.1])
+    expected = saturated.mean() + 1.4 * (saturated - saturated.mean())
+    torch.testing.assert_close(stae.detail("colour", red)[0, :, 5, 5], expected)
+
+
+def test_unknown_transform_is_named():
+    with pytest.raises(ValueError, match="'wavelet'.*pixel"):
+        stae.draw_views("wavelet", (1, 3, 16, 16), generator())
+
+
+# ------------------------------------------------------------------------------------------------ 3. model
+
+
+def test_parameter_counts_of_the_authors_network():
+    count = lambda *sizes: sum(p.numel() for p in stae.Autoencoder(*sizes).parameters())
+    assert count(3, 32, 8) == 135_027
+    assert round(count(3, 128, 32) / 1e6, 2) == 2.13  # CelebA ordinary
+
+
+@pytest.mark.parametrize("channels, height, width", [(3, 32, 32), (1, 16, 40)])
+def test_shapes_and_ranges(channels, height, width):
+    model = tiny_model(channels=channels)
+    z = model.encode(torch.rand(5, channels, height, width))
+    assert z.shape == (5, 4, height // 8, width // 8) and z.dtype == torch.float32
+    assert z.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    x_hat = model.decode(z)
+    assert x_hat.shape == (5, channels, height, width) and 0 <= x_hat.min() and x_hat.max() <= 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode(torch.rand(2, channels, 32, 32)).dtype == model.decode(z).dtype == torch.float32
+
+
+def test_skip_is_the_mean_of_its_group_of_pixels():
+    down = stae.Down(2, 4)
+    for p in down.parameters():
+        p.data.zero_()
+    x = torch.rand(1, 2, 4, 4)
+    corners = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2)  # (1, 2, 4, 2, 2)
+    expected = torch.stack([corners[:, c, i : i + 2].mean(dim=1) for c in (0, 1) for i in (0, 2)], dim=1)
+    torch.testing.assert_close(down(x), F.silu(expected))
+
+
+# ------------------------------------------------------------------------------------------------ 4. SIGReg
+
+
+def naive_sigreg(codes, slices):
+    """The formula by plain loops in float64, over all 33 knots of [-3, 3]: no symmetry, no recurrence."""
+    codes, slices = codes.double(), slices.double()
+    codes = codes[..., None, None] if codes.dim() == 2 else codes
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    values = []
+    for row in range(codes.shape[2]):
+        for column in range(codes.shape[3]):
+            for k in range(slices.shape[1]):
+                s = codes[:, :, row, column] @ slices[:, k]
+                wave = torch.exp(1j * t[:, None] * s).mean(dim=1)
+                gap = (wave - torch.exp(-(t**2) / 2)).abs() ** 2 * torch.exp(-(t**2) / 2)
+                values.append(len(s) * torch.trapezoid(gap, t))
+    return torch.stack(values).mean()
+
+
+@pytest.mark.parametrize("shape", [(32, 1), (50, 8), (16, 4, 2, 3)])
+def test_sigreg_against_plain_loops_value_and_gradient(shape):
+    codes = (torch.randn(shape, generator=generator()) * 1.3 + 0.2).requires_grad_()
+    slices = stae.draw_slices(shape[1], 5, generator(1))
+    torch.testing.assert_close(slices.norm(dim=0), torch.ones(5))
+    value, expected = stae.sigreg(codes, slices), naive_sigreg(codes, slices)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(v, codes)[0] for v in (value, expected))
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stae.sigreg(codes, slices).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sigreg_exact_values():
+    slices = stae.draw_slices(8, 64, generator())
+    assert stae.sigreg(torch.zeros(100, 8), slices).item() == pytest.approx(0.4020 * 100, rel=1e-3)
+    draws = [stae.sigreg(torch.randn(128, 8, generator=generator(i)), slices).item() for i in range(300)]
+    assert np.mean(draws) == pytest.approx(1.0525, abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------ 5. objective
+
+
+@pytest.mark.parametrize("transform", stae.TRANSFORMS)
+def test_frozen_judge_equals_a_deep_copied_encoder(transform):
+    """The author's way, a copy of the encoder whose weights do not train, gives the same loss and gradients."""
+    x, views, slices = tiny_step(transform)
+    ours, theirs = tiny_model(), tiny_model()
+    loss, _ = stae.stae_loss(ours, x, views, slices, stae.judge_weights(ours.encoder, "frozen"), 0.03, 0.3)
+    loss.backward()
+
+    copied = copy.deepcopy(theirs.encoder).requires_grad_(False)
+    z = theirs.norm(theirs.encoder(x)[0])
+    x_hat = theirs.decode(z)
+    expected = 0.03 * stae.sigreg(z, slices)
+    for weight, name, draw in views:
+        with torch.no_grad():
+            t, t_layers = copied(stae.apply_transform(name, draw, x))
+        r, r_layers = copied(stae.apply_transform(name, draw, x_hat))
+        s = t.std(dim=(0, 2, 3), correction=0).view(1, -1, 1, 1)
+        d = (((r - t) / (s + 1e-3)) ** 2).mean()
+        for a, b in zip(t_layers, r_layers):
+            d = d + 0.3 * ((b - a) ** 2).mean() / (((a - a.mean()) ** 2).mean() + 1e-4)
+        expected = expected + weight * d
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients(theirs).items():
+        torch.testing.assert_close(gradients(ours)[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_judge_gives_the_encoder_no_gradient():
+    """With the code cut off from the encoder, nothing reaches its weights through a frozen judge, and all of them through a live one."""
+    x, views, slices = tiny_step()
+    for kind in ("frozen", "live"):
+        model = tiny_model()
+        model.encode = lambda images, encode=model.encode: encode(images).detach()
+        loss, _ = stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, kind))
+        loss.backward()
+        reached = [name for name, p in model.encoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert len(reached) == (0 if kind == "frozen" else len(list(model.encoder.parameters())))
+        assert model.decoder[3].weight.grad.abs().sum() > 0
+
+
+def test_target_is_a_constant():
+    """No gradient reaches the original through T(x): with the code held, x gets none at all."""
+    x, views, slices = tiny_step()
+    x.requires_grad_()
+    model = tiny_model()
+    model.encode = lambda images, encode=model.encode: encode(images.detach())
+    loss, _ = stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, "frozen"))
+    loss.backward()
+    assert x.grad is None
+
+
+def test_pixels_are_never_compared():
+    """To a judge that cannot see, any two images are equal: the loss then says nothing to the decoder."""
+    x, views, slices = tiny_step()
+    model = tiny_model()
+    blind = {name: torch.zeros_like(p) for name, p in model.encoder.named_parameters()}
+    blind["stem.bias"] += 1.0
+    loss, terms = stae.stae_loss(model, x, views, slices, blind, 0.0, 0.3)
+    loss.backward()
+    assert terms["distance"] == 0 and terms["layers"] == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+    stae.mse_loss(model, x)[0].backward()
+    assert model.decoder[3].weight.grad.abs().sum() > 0  # the baseline does compare them
+
+
+@pytest.mark.parametrize("transform", stae.TRANSFORMS)
+def test_distance_is_zero_for_a_perfect_reconstruction(transform):
+    x, views, slices = tiny_step(transform)
+    model = tiny_model()
+    model.decode = lambda z: x
+    _, terms = stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, "frozen"), 0.03, 0.3)
+    assert terms["distance"] == 0 and terms["layers"] == 0
+
+
+def test_running_statistics_come_from_full_images_alone():
+    x, views, slices = tiny_step("pixel", views=3)
+    for kind in stae.JUDGES:
+        model, twin = tiny_model(), tiny_model()
+        kept = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
+        stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, kind, kept))
+        twin.encode(x)
+        assert model.norm.num_batches_tracked == 1
+        assert torch.equal(model.norm.running_mean, twin.norm.running_mean)
+        assert torch.equal(model.norm.running_var, twin.norm.running_var)
+
+
+def test_kept_judge_judges_with_the_kept_weights():
+    x, views, slices = tiny_step()
+    model, other = tiny_model(0), tiny_model(1)
+    kept = {name: p.detach() for name, p in other.encoder.named_parameters()}
+    frozen = stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, "frozen"))[1]
+    random = stae.stae_loss(model, x, views, slices, stae.judge_weights(model.encoder, "random", kept))[1]
+    assert frozen["sigreg"] == random["sigreg"] and frozen["distance"] != random["distance"]
+
+
+def test_live_judge_is_not_rewarded_for_shrinking():
+    """Scaling the judge's last features down leaves d alone: s carries the scale."""
+    target, seen = torch.randn(8, 4, 2, 2, generator=generator()), torch.randn(8, 4, 2, 2, generator=generator(1))
+    assert stae.code_distance(target, seen).item() == pytest.approx(stae.code_distance(target / 5, seen / 5).item(), rel=0.02)
+
+
+def test_mse_loss_by_hand():
+    x, _, _ = tiny_step()
+    model = tiny_model()
+    loss, terms = stae.mse_loss(model, x)
+    expected = sum(((tiny_model()(x) - x) ** 2).flatten().tolist()) / x.numel()
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and terms.keys() == {"mse"}
+
+
+def test_sections_2_to_5_run_alone():
+    """What a reader copies needs torch and nothing else of the file."""
+    start, end = SOURCE.index("# 2. Transforms"), SOURCE.index("# 6. Evaluation")
+    names = {}
+    exec("import torch\nimport torch.nn.functional as F\nfrom torch import nn\n" + SOURCE[start:end], names)
+    x = torch.rand(4, 3, 16, 16)
+    model = names["Autoencoder"](3, 4, 4)
+    for transform in names["TRANSFORMS"]:
+        for judge in names["JUDGES"]:
+            views = names["draw_views"](transform, x.shape, generator())
+            kept = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
+            weights = names["judge_weights"](model.encoder, judge, kept)
+            names["stae_loss"](model, x, views, names["draw_slices"](4, 8, generator()), weights)[0].backward()
+    names["mse_loss"](model, x)[0].backward()
+    assert not re.search(r"cuda|argparse|config\.|open\(", SOURCE[start:end])  # no devices, flags or files
+
+
+# ------------------------------------------------------------------------------------------------ 6. evaluation
+
+
+def test_psnr_and_luma_chroma_by_hand():
+    assert stae.psnr(0.01) == pytest.approx(20) and stae.psnr(0) == math.inf
+    luma, chroma = stae.luma_chroma(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1))
+    assert luma.item() == pytest.approx(0.299)
+    assert chroma.flatten().tolist() == pytest.approx([-0.299 / 1.772, 0.701 / 1.402], abs=1e-5)  # (B-Y)/1.772, (R-Y)/1.402
+    luma, chroma = stae.luma_chroma(torch.full((1, 3, 1, 1), 0.3))
+    assert luma.item() == pytest.approx(0.3) and chroma.abs().max() < 1e-6
+
+
+def test_ssim_by_hand():
+    """One window: a 11x11 image has a single place, so the formula can be written out with numpy."""
+    x, y = (torch.rand(2, 3, 11, 11, generator=generator(i)) for i in (0, 1))
+    g = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
+    w = np.outer(g, g) / np.outer(g, g).sum()
+    expected = []
+    for image_x, image_y in zip(x.double().numpy(), y.double().numpy()):
+        scores = []
+        for a, b in zip(image_x, image_y):
+            ma, mb = (w * a).sum(), (w * b).sum()
+            va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+            scores.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+        expected.append(np.mean(scores))
+    assert stae.ssim(x, y).tolist() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(stae.ssim(x, x), torch.ones(2))
+
+
+def test_variation_by_hand():
+    image = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]).view(1, 1, 2, 3)
+    assert stae.variation(image).item() == pytest.approx(1 + 1 + 0 + 0.5 + 0 + 1 + 0.5)
+
+
+def numpy_pca_psnr(train, test, dimensions):
+    x, y = (images.flatten(1).numpy() / 255.0 for images in (train, test))
+    basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:dimensions]
+    rest = (y - x.mean(0)) - (y - x.mean(0)) @ basis.T @ basis
+    return -10 * np.log10((rest**2).mean())
+
+
+def test_pca_floor_against_numpy():
+    images, _, _ = stae.make_shapes(400)
+    train, test = images[:300], images[300:]
+    assert stae.pca_psnr(train, test, 20) == pytest.approx(numpy_pca_psnr(train, test, 20), abs=1e-3)
+    big = F.interpolate(images.float(), scale_factor=4, mode="bilinear")[:, :, :80].to(torch.uint8)  # 80 * 128 > 4096 pixels
+    before = torch.random.get_rng_state()
+    assert stae.pca_psnr(big[:300], big[300:], 20) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 20), abs=0.02)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_evaluate_whatever_the_batch_size():
+    images = torch.randint(0, 256, (130, 3, 16, 16), dtype=torch.uint8, generator=generator())
+    model = tiny_model()
+    with torch.no_grad():
+        for _ in range(20):
+            model.encode(torch.rand(32, 3, 16, 16))
+    one, other = stae.evaluate(model, images, images, 130), stae.evaluate(model, images, images, 7)
+    assert one == pytest.approx(other, rel=1e-5)
+    with torch.no_grad():
+        x = images.float() / 255
+        error = model(x) - x
+    assert one["mse"] == pytest.approx((error**2).mean().item(), rel=1e-5)
+    assert one["psnr"] == pytest.approx(-10 * math.log10(one["mse"]))
+    luma = (error * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1)
+    assert one["psnr_luma"] == pytest.approx(-10 * math.log10((luma**2).mean().item()), abs=1e-3)
+    assert one["code_size"] == 16 and one["min_std"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ 7. training
+
+
+def test_learning_rate_warms_up_and_decays_to_a_twentieth():
+    rates = [stae.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == 0.02 and rates[99] == rates[100] == 2.0
+    assert all(a > b for a, b in zip(rates[100:], rates[101:])) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert stae.learning_rate(0, 1, 2.0) == 2.0
+
+
+def test_generator_depends_on_its_key_alone():
+    draw = lambda *key: torch.randint(0, 1 << 30, (4,), generator=stae.generator_for("cpu", *key)).tolist()
+    assert draw(0, 0, 1) == draw(0, 0, 1)
+    assert len({tuple(draw(seed, kind, step)) for seed in range(5) for kind in (0, 1) for step in range(50)}) == 500
+
+
+# ------------------------------------------------------------------------------------------------ 8. command line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with tiny.npz in it."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("tiny.npz")
+    return tmp_path
+
+
+TINY = "--dataset tiny.npz --width 4 --latent-channels 4 --epochs 1 --batch-size 8 --device cpu --precision fp32"
+
+
+def run(line):
+    return stae.main(shlex.split(line))
+
+
+@pytest.mark.parametrize("judge", stae.JUDGES)
+@pytest.mark.parametrize("transform", stae.TRANSFORMS)
+def test_command_line_for_every_transform_and_judge(here, capsys, transform, judge):
+    assert run(f"{TINY} --transform {transform} --judge {judge} --judge-layers 0.3") == 0
+    folder = here / "runs" / f"tiny-stae-{transform}-{judge}-s0"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(stae.RUN_FILES)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() == set(
+        "psnr psnr_luma psnr_chroma mse ssim sharpness sigreg min_std pca_psnr code_size parameters train_seconds"
+        " images_per_second seed".split()
+    )
+    assert metrics["code_size"] == 16 and math.isfinite(metrics["psnr"])
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,loss,distance,layers,sigreg,gradient_norm,lr,seconds,images_per_second"
+    assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
+    loss, distance, layers, sigreg = map(float, rows[1].split(",")[1:5])
+    assert loss == pytest.approx(distance + 0.3 * layers + 0.03 * sigreg, rel=1e-5)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert (checkpoint["judge"] is not None) == (judge in ("ema", "random"))
+    out = capsys.readouterr().out
+    assert out.index(f"transform={transform}") < out.index("step 1/3") < out.index("psnr_luma")
+    picture = pil_to_tensor(default_loader(folder / "reconstructions.png"))
+    assert picture.shape == (3, 2 * 66 + 2, 10 * 66 + 2) and picture.float().std() > 1
+
+
+def test_mse_ignores_judge_and_transform(here):
+    for flags in ("--judge frozen --transform crop", "--judge ema --transform pixel"):
+        assert run(f"{TINY} --objective mse {flags}") == 0
+    one, other = (stae.load_model(f"runs/tiny-mse-{name}-s0/checkpoint.pt") for name in ("crop-frozen", "pixel-ema"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def test_same_seed_same_weights_other_seed_other_weights(here):
+    for flags in ("", "", "--seed 1"):
+        assert run(f"{TINY} {flags}") == 0
+    weights = [stae.load_model(f"runs/tiny-stae-crop-frozen-{end}/checkpoint.pt").state_dict() for end in ("s0", "s0-2", "s1")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["encoder.stem.weight"], weights[2]["encoder.stem.weight"])
+
+
+def test_ema_judge_is_an_average_and_random_judge_stays(here):
+    for judge in ("ema", "random"):
+        assert run(f"{TINY} --judge {judge} --out {judge}") == 0
+    torch.manual_seed(0)
+    initial = dict(stae.Autoencoder(3, 4, 4).encoder.named_parameters())
+    kept = torch.load("random/checkpoint.pt", weights_only=True)["judge"]
+    assert all(torch.equal(kept[name], weight) for name, weight in initial.items())
+    saved = torch.load("ema/checkpoint.pt", weights_only=True)
+    moved, end = saved["judge"]["stem.weight"] - initial["stem.weight"], saved["model"]["encoder.stem.weight"] - initial["stem.weight"]
+    assert 0 < moved.abs().max() < 0.01 * end.abs().max()  # three steps of a thousandth
+
+
+def test_grey_images_and_eval(here, capsys):
+    write_npz("grey.npz", channels=1)
+    assert run(f"{TINY} --dataset grey.npz --transform pixel --out grey") == 0
+    before = {p: p.read_bytes() for p in Path("grey").iterdir()}
+    first = json.loads(Path("grey/metrics.json").read_text())
+    assert first["psnr_chroma"] is None
+    assert run("--eval grey/checkpoint.pt") == 0 and run("--eval grey/checkpoint.pt") == 0
+    assert run("--eval grey/checkpoint.pt --out elsewhere --validation 5") == 0
+    assert {p: p.read_bytes() for p in before} == before  # the run's own files are as they were
+    added = {p.name for p in Path("grey").iterdir()} - {p.name for p in before}
+    assert added == {"eval-grey.json", "eval-grey.png", "eval-grey-2.json", "eval-grey-2.png"}
+    again = json.loads(Path("grey/eval-grey.json").read_text())
+    assert again.pop("psnr_chroma") is None and again == pytest.approx({name: first[name] for name in again}, rel=1e-5)
+    assert json.loads(Path("elsewhere/eval-grey.json").read_text())["psnr"] != first["psnr"]
+    write_npz("other.npz", channels=1, size=32)
+    assert run("--eval grey/checkpoint.pt --dataset other.npz") == 0 and Path("grey/eval-other.json").exists()
+    assert run("--eval grey/checkpoint.pt --dataset tiny.npz") == 2
+    assert "3 channels" in capsys.readouterr().err
+
+
+def test_load_model_for_those_who_import_the_file(here):
+    assert run(f"{TINY} --out run") == 0
+    model = stae.load_model("run/checkpoint.pt")
+    assert not model.training
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(model(x), model.decode(model.encode(x)))
+
+
+def test_compare(here, capsys):
+    assert run(f"{TINY} --out a") == 0 and run(f"{TINY} --objective mse --out b") == 0
+    assert run("--compare a b") == 0 and run("--compare b a --out figures") == 0 and run("--compare b a") == 0
+    picture = pil_to_tensor(default_loader("comparison.png"))
+    assert picture.shape == (3, 3 * 66 + 2, 10 * 66 + 2)
+    assert {p.name for p in here.glob("comparison*")} == {"comparison.png", "comparison-2.png"}
+    write_npz("other.npz", size=24)
+    assert run(f"{TINY} --dataset other.npz --out c") == 0 and run("--compare a c") == 2
+    assert "tiny.npz" in capsys.readouterr().err
+
+
+def test_overwrite(here, capsys):
+    assert run(f"{TINY} --out run") == 0
+    Path("run/mine.txt").write_text("keep")
+    before = {p: p.read_bytes() for p in Path("run").iterdir()}
+    assert run(f"{TINY} --out run") == 2
+    assert "--overwrite" in capsys.readouterr().err and {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    assert run(f"{TINY} --out run --overwrite --seed 1") == 0
+    assert Path("run/mine.txt").read_text() == "keep" and json.loads(Path("run/metrics.json").read_text())["seed"] == 1
+
+
+def test_folder_of_images_end_to_end(here, capsys):
+    for name in "ab":
+        (here / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            save_image(torch.rand(3, 20, 30, generator=generator(i)), here / "photos" / name / f"{i}.png")
+    assert run(f"{TINY} --dataset photos --size 16 --out run") == 0
+    assert run(f"{TINY} --dataset photos --out run2") == 2
+    assert "20 pixels" in capsys.readouterr().err and not Path("run2").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, capsys, monkeypatch):
+    monkeypatch.setattr(stae, "mse_loss", lambda model, x: (model(x).sum() * math.nan, {"mse": torch.tensor(math.nan)}))
+    assert run(f"{TINY} --objective mse --out run") == 1
+    said = capsys.readouterr().err
+    assert "step 1" in said and "--lr" in said and not Path("run/checkpoint.pt").exists()
+
+
+BAD = {
+    "--dataset nowhere": "nowhere",
+    "--dataset empty": "no readable image",
+    "--dataset broken": "no readable image",
+    "--dataset notes.txt": "notes.txt",
+    "--dataset float.npz": "float32",
+    "--dataset labels.npz": "y_train",
+    "--dataset keys.npz": "['images']",
+    "--dataset broken.npz": "not a readable .npz",
+    "--dataset pickled.npz": "not a readable .npz",
+    "--dataset odd.npz": "pass --size 16",
+    "--dataset sizes": "--size",
+    "--data tiny.npz": "is not a folder",
+    "--dataset cifar10 --data offline": "cannot be downloaded",
+    "--transform wavelet": "'wavelet'",
+    "--judge nobody": "'nobody'",
+    "--objective gan": "'gan'",
+    "--size 30": "divisible by 8",
+    "--size 8": "at least 16",
+    "--crop 0.5 0.2": "MIN is above MAX",
+    "--crop 0 1": "'0'",
+    "--crop 0.5 1.5": "'1.5'",
+    "--crop 0.5": "expected 2",
+    "--mask-ratio 0": "'0'",
+    "--objective mse --mask-ratio 2": "'2'",
+    "--objective mse --transform wavelet": "'wavelet'",
+    "--views 0": "'0'",
+    "--judge-layers -1": "-1",
+    "--sigreg-weight nan": "'nan'",
+    "--sigreg-weight inf": "'inf'",
+    "--slices 0": "'0'",
+    "--width 0": "'0'",
+    "--width many": "'many'",
+    "--latent-channels 3": "does not divide",
+    "--width 32 --latent-channels 256": "larger than the image",
+    "--epochs 0": "'0'",
+    "--epochs 1.5": "'1.5'",
+    "--batch-size 1": "'1'",
+    "--batch-size 25": "24 training images",
+    "--lr 0": "'0'",
+    "--seed -1": "-1",
+    "--validation 24": "24 training images",
+    "--device tpu": "tpu",
+    "--device cuda:99": "CUDA devices",
+    "--device cpu:1": "cpu:1",
+    "--precision fp8": "'fp8'",
+    "--out tiny.npz": "is not a folder",
+    "--eval nowhere.pt": "nowhere.pt",
+    "--eval notes.txt": "not a checkpoint",
+    "--eval foreign.pt": "not a checkpoint",
+    "--eval other.pt": "not a checkpoint",
+    "--compare nowhere": "nowhere",
+    "--epoch 3": "--epoch",
+    "crop": "crop",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_gets_one_line_and_leaves_no_trace(here, capsys, monkeypatch, flags):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    Path("empty").mkdir(), Path("broken").mkdir(), Path("sizes").mkdir()
+    Path("empty/readme.txt").write_text("no image"), Path("broken/a.png").write_text("no image"), Path("notes.txt").write_text("?")
+    for side in (16, 24):
+        save_image(torch.rand(3, side, side), f"sizes/{side}.png")
+    x, _ = write_npz("good.npz", train=24)
+    np.savez("float.npz", x=x.astype(np.float32)), np.savez("keys.npz", images=x), np.savez("odd.npz", x=x.repeat(2, 1).repeat(2, 2)[:, :20, :20])
+    np.savez("labels.npz", x_train=x, y_train=np.arange(3)), Path("broken.npz").write_bytes(Path("good.npz").read_bytes()[:500])
+    np.savez("pickled.npz", x=np.array([{"a": 1}], dtype=object))
+    torch.save({"weights": torch.ones(3)}, "foreign.pt")
+    other = stae.Autoencoder(3, 8, 4).state_dict()
+    torch.save({"config": {"channels": 3, "width": 4, "latent_channels": 4}, "model": other}, "other.pt")
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    line = flags if flags.startswith(("--eval", "--compare")) else f"{TINY} {flags}"
+    assert run(line) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([s for s in said if s.startswith("stae.py: error:")]) == 1 and said[-1].startswith("stae.py: error:")
+    assert BAD[flags] in said[-1] and "Traceback" not in "".join(said)
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before and not Path("runs").exists()
+
+
+def test_eval_refuses_flags_that_contradict_the_checkpoint(here, capsys):
+    assert run(f"{TINY} --out run") == 0
+    assert run("--eval run/checkpoint.pt --width 8") == 2
+    assert "--width 8: the checkpoint has 4" in capsys.readouterr().err
+    assert run("--eval run/checkpoint.pt --width 4") == 0
+
+
+def test_default_command_as_a_stranger_types_it(tmp_path):
+    """The real thing in its own process, cut to one epoch: shapes, pixel masks, frozen judge."""
+    done = subprocess.run([sys.executable, HERE / "stae.py", "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "shapes-stae-pixel-frozen-s0"
+    assert {p.name for p in folder.iterdir()} == set(stae.RUN_FILES)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 16 < metrics["psnr"] < metrics["pca_psnr"] and metrics["min_std"] > 0.5
+    assert done.stdout.count("step ") < 15 and "\r" not in done.stdout
+
+
+@pytest.mark.slow
+def test_default_command_beats_its_pca_floor(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "stae.py"], cwd=tmp_path, capture_output=True, text=True)
+    metrics = json.loads((tmp_path / "runs" / "shapes-stae-pixel-frozen-s0" / "metrics.json").read_text())
+    assert done.returncode == 0 and metrics["psnr"] > metrics["pca_psnr"]
+
+
+# ------------------------------------------------------------------------------------------------ the project
+
+
+def test_import_has_no_side_effects(tmp_path):
+    program = f"""
+import sys, torch, random, numpy, os
+sys.path.insert(0, {str(HERE)!r})
+before = torch.random.get_rng_state(), random.getstate(), repr(numpy.random.get_state()), torch.get_num_threads(), dict(os.environ)
+import stae
+after = torch.random.get_rng_state(), random.getstate(), repr(numpy.random.get_state()), torch.get_num_threads(), dict(os.environ)
+assert torch.equal(before[0], after[0]) and before[1:] == after[1:] and not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+def test_nothing_but_the_four_packages_is_imported():
+    imported = {node.module if isinstance(node, ast.ImportFrom) else name.name for node in ast.walk(ast.parse(SOURCE))
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch", "torchvision", "numpy"}
+
+
+def test_requirements_equal_the_header_of_the_file():
+    header = re.search(r"^# dependencies = (.*)$", SOURCE, re.M).group(1)
+    assert ast.literal_eval(header) == (HERE / "requirements.txt").read_text().split()
+    assert all(">=" in line for line in ast.literal_eval(header))
+
+
+def commands():
+    """Every stae.py command of README.md and of the head of the file, environment variables and comments off."""
+    text = (HERE / "README.md").read_text() + stae.__doc__
+    found = re.findall(r"python stae\.py([^\n`#&|]*)", text)
+    return sorted({" ".join(line.split()) for line in found})
+
+
+def test_every_command_in_the_readme_parses():
+    assert len(commands()) > 10
+    for line in commands():
+        stae.build_parser().parse_args(shlex.split(line))
+
+
+def test_readme_names_every_flag_and_number():
+    text = (HERE / "README.md").read_text()
+    flags = [option for action in stae.build_parser()._actions for option in action.option_strings if option.startswith("--")]
+    assert [flag for flag in flags if flag not in text and flag != "--help"] == []
+    assert [key for key in stae.EXPLAIN if key not in text] == []
