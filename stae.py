@@ -23,15 +23,13 @@ SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544. The numbers, and the 
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pytest>=8"]
 # ///
 import argparse
-import itertools
 import json
 import math
 import os
-import re
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,16 +45,11 @@ from torchvision.utils import save_image
 # 1. Data: uint8 images (N, C, H, W), small enough to live on the device. make_ and read_ return them with their labels
 # (N,), or None, and how many of them, at the end, are the test split
 
+ORDER, DRAWS = 1, 0  # what a random stream is for: the order of an epoch, the draws of a step
+
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used: one line that names it and the remedy."""
-
-
-class Split(NamedTuple):
-    """images: (N, C, S, S) uint8, C 1 or 3. labels: (N,) int64, or None."""
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
+    """Something the user gave cannot be used: one line that names it and the remedy. Raised wherever input is read."""
 
 
 def make_shapes(count=12_000, size=32, seed=0):
@@ -92,7 +85,7 @@ def fit(images, size=None):
 
 
 def read_cifar10(root):
-    """CIFAR-10, found in `root` or downloaded to it by torchvision. Raises BadInput when neither works."""
+    """CIFAR-10, found in `root` or downloaded to it by torchvision."""
     try:
         sets = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a mirror that is down, a broken archive, a folder that cannot be written
@@ -103,10 +96,7 @@ def read_cifar10(root):
 
 
 def read_npz(path):
-    """x_train, y_train, x_test, y_test, or x and y alone: x (N, H, W, 1 or 3) uint8, y integers; y and test can lack.
-
-    Raises BadInput for anything else. Never unpickles.
-    """
+    """x_train, y_train, x_test, y_test, or x, y alone: x (N, H, W, 1 or 3) uint8, y integers; y and test can lack."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -131,8 +121,7 @@ def read_npz(path):
 def read_folder(folder, size=None):
     """Every image below `folder` as RGB, fitted to `size`; unreadable ones are skipped, counted, the first named.
 
-    The first-level subfolders are the classes when every image lies in one. Raises BadInput when no image is left, or
-    when sizes differ and no `size` is given.
+    The first-level subfolders are the classes when every image lies in one. Without a `size` all must have the same.
     """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
     images, classes, unreadable = [], [], []
@@ -154,32 +143,32 @@ def read_folder(folder, size=None):
 
 
 def load_data(dataset, root="data", size=None, validation=0):
-    """Load "shapes", "cifar10" (in or to `root`), a folder of images or an .npz -> train and test Split, on the CPU.
+    """Load "shapes", "cifar10" (in or to `root`), a folder of images or an .npz -> (images, labels) to train, to test.
 
-    size: side in pixels to resize to. A set without a test split holds out a tenth, always the same. validation: when
-    positive, the last `validation` training images take the place of the test split. Raises BadInput.
+    Images are (N, C, S, S) uint8 on the CPU, labels (N,) int64 or None. size: S, to resize to. A set without a test
+    split holds out a tenth, always the same. validation: when positive, so many of the last training images.
     """
     if dataset == "shapes":
-        images, labels, tests = make_shapes()
+        images, labels, test_count = make_shapes()
     elif dataset == "cifar10":
-        images, labels, tests = read_cifar10(root)
+        images, labels, test_count = read_cifar10(root)
     elif Path(dataset).is_dir():
-        images, labels, tests = read_folder(Path(dataset), size)
+        images, labels, test_count = read_folder(Path(dataset), size)
     elif Path(dataset).is_file() and dataset.endswith(".npz"):
-        images, labels, tests = read_npz(dataset)
+        images, labels, test_count = read_npz(dataset)
     else:
         raise BadInput(f"--dataset {dataset}: expected shapes, cifar10, or a folder or an .npz that exists")
     order = torch.arange(len(images))
-    if not tests:
-        tests = max(1, len(images) // 10)
+    if not test_count:
+        test_count = max(1, len(images) // 10)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:-tests], order[-tests:]
-    if validation >= max(1, len(train)):
-        raise BadInput(f"--validation {validation} leaves none of the {len(train)} training images; pass less")
+    train, test = order[:-test_count], order[-test_count:]
+    if validation >= len(train):
+        raise BadInput(f"{dataset}: {len(train)} training images are too few, --validation takes {validation} of them")
     if validation:
         train, test = train[:-validation], train[-validation:]
     images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
-    return [Split(images[part], None if labels is None else labels[part]) for part in (train, test)]
+    return [(images[part], None if labels is None else labels[part]) for part in (train, test)]
 
 
 def as_float(images):
@@ -201,7 +190,7 @@ def batches(images, batch_size, seed, start, stop):
     for step in range(start, stop):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
-            generator = generator_for(images.device, seed, 1, epoch)
+            generator = generator_for(images.device, seed, ORDER, epoch)
             order = torch.randperm(len(images), generator=generator, device=images.device)
         yield step, as_float(images[order[place * batch_size : (place + 1) * batch_size]])
 
@@ -209,12 +198,16 @@ def batches(images, batch_size, seed, start, stop):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Transforms T: drawn once per image and step, applied identically to x and x_hat. Ideas and settings: the author's
 
+TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
+DETAILS = ("blur", "colour", "edges", "residual", "contrast")  # what "stack" is a stack of
+
 
 def draw_boxes(shape, generator, smallest, largest):
     """Draw crop boxes for images of `shape` (B, C, H, W) -> (B, 4) int64 (top, left, height, width), in whole pixels.
 
     The side, a fraction of the image's, is log-uniform in [smallest, largest], at least a pixel; the place is uniform.
     """
+    smallest = max(smallest, 1 / max(shape[2:]))
     size = torch.tensor(shape[2:], device=generator.device)  # (H, W)
     uniform = torch.rand(shape[0], 3, device=generator.device, generator=generator)
     side = (smallest * (largest / smallest) ** uniform[:, :1] * size).round().clamp(min=1)  # (B, 2)
@@ -259,28 +252,25 @@ def blur(images, side):
 
 
 def detail(name, images):
-    """One filter of the author's detail stack: (B, C, H, W) in [0, 1] -> the same shape and range."""
+    """One of DETAILS, the author's filters: (B, C, H, W) in [0, 1] -> the same shape and range."""
     grey = images.mean(dim=1, keepdim=True)
     if name == "blur":
         return blur(images, 11)
-    if name == "colour":
+    if name == "colour":  # saturation, then contrast
         saturated = (grey + 1.8 * (images - grey)).clamp(0, 1)
         mean = saturated.mean(dim=(1, 2, 3), keepdim=True)
         return (mean + 1.4 * (saturated - mean)).clamp(0, 1)
     if name == "edges":
-        sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
-        slopes = F.conv2d(grey, torch.stack((sobel, sobel.T))[:, None], padding=1)
-        residual = (slopes.square().sum(dim=1, keepdim=True) + 1e-12).sqrt().expand_as(images)
+        sobel = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+        with torch.autocast(images.device.type, enabled=False):
+            slopes = F.conv2d(grey, torch.stack((sobel, sobel.T))[:, None], padding=1)  # (B, 2, H, W)
+        strength = (slopes.square().sum(dim=1, keepdim=True) + 1e-12).sqrt().expand_as(images)
     else:
-        residual = images - blur(images, 5)
+        strength = images - blur(images, 5)
     if name == "contrast":
-        residual = residual / (blur(residual.square(), 5) + 1e-4).sqrt()
-    residual = residual / (residual.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-6)
-    return (1 + residual) / 2 if name == "contrast" else residual.abs()
-
-
-DETAILS = ("blur", "colour", "edges", "residual", "contrast")
-TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
+        strength = strength / (blur(strength.square(), 5) + 1e-4).sqrt()
+    strength = strength / (strength.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-6)
+    return (1 + strength) / 2 if name == "contrast" else strength.abs()
 
 
 def draw_views(transform, shape, generator, views=1, crop_range=(0.25, 1.0), mask_ratio=0.7):
@@ -322,7 +312,7 @@ class Down(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
 
     def forward(self, x):
-        skip = F.pixel_unshuffle(x, 2).unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)  # groups of 4i
+        skip = F.pixel_unshuffle(x, 2).unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)  # 4i channels, o means
         return F.silu(skip + self.conv2(F.silu(self.conv1(x))))
 
 
@@ -341,7 +331,7 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> features (B, C, H/8, W/8), and the activations after the stem and the first Down.
+    """(B, 1 or 3, H, W) in [0, 1] -> features (B, C, H/8, W/8), and the activations after the stem and the first Down.
 
     This is also the judge. The norm of the code is not in here: transformed views must not move its statistics.
     """
@@ -421,17 +411,17 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
 JUDGES = ("frozen", "live", "ema", "random")
 
 
-def judge_weights(encoder, judge, kept=None):
-    """The weights that the judge looks with, by parameter name.
+def judge_weights(encoder, name, kept=None):
+    """The weights that the judge of that name looks with: a dict of tensors by parameter name.
 
     frozen: the encoder's, held constant. live: the encoder's, gradient and all. ema, random: `kept`, a copy of the
     encoder's initial weights that the caller moves after each step (ema) or leaves alone (random).
     """
-    if judge == "live":
+    if name not in JUDGES or (name in ("ema", "random") and kept is None):
+        raise ValueError(f"unknown judge {name!r}, or one that needs kept weights; expected one of {', '.join(JUDGES)}")
+    if name == "live":
         return dict(encoder.named_parameters())
-    if judge == "frozen":
-        return {name: weight.detach() for name, weight in encoder.named_parameters()}
-    return kept
+    return {key: weight.detach() for key, weight in encoder.named_parameters()} if name == "frozen" else kept
 
 
 def code_distance(target, seen):
@@ -452,7 +442,7 @@ def layer_distance(targets, seen):
 
 
 def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
-    """The self-teaching objective for images (B, 3, H, W) in [0, 1] -> loss (scalar), its terms by name.
+    """The self-teaching objective for images (B, channels, H, W) in [0, 1] -> loss (scalar), its terms by name.
 
     views: from draw_views. slices: (C, M) from draw_slices. judge: from judge_weights; if it requires gradient (live),
     it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: for the inner activations.
@@ -462,22 +452,21 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
         return torch.func.functional_call(model.encoder, judge, images)
 
     z = model.encode(images)  # (B, C, h, w)
-    x_hat = model.decode(z)  # (B, 3, H, W)
+    x_hat = model.decode(z)  # (B, channels, H, W)
     live = any(weight.requires_grad for weight in judge.values())
     codes, distance, layers = [z], 0.0, 0.0
-    for weight, name, draw in views:
+    for share, name, draw in views:
         with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
             target, target_layers = look(apply_transform(name, draw, images))
         seen, seen_layers = look(apply_transform(name, draw, x_hat))
-        distance = distance + weight * code_distance(target, seen)
+        distance = distance + share * code_distance(target, seen)
         if layer_weight:
-            layers = layers + weight * layer_distance(target_layers, seen_layers)
+            layers = layers + share * layer_distance(target_layers, seen_layers)
         if live:  # normalised by their own batch: the running statistics belong to full images
             codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
     gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
     loss = distance + layer_weight * layers + sigreg_weight * gaussian
-    terms = {"distance": distance, "layers": layers, "sigreg": gaussian}
-    return loss, terms if layer_weight else {"distance": distance, "sigreg": gaussian}
+    return loss, {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
 
 
 def mse_loss(model, images):
@@ -492,7 +481,7 @@ def mse_loss(model, images):
 
 def psnr(mse):
     """Mean squared error of images in [0, 1] -> PSNR in dB, infinite for 0."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def luma_chroma(images):
@@ -525,7 +514,7 @@ def variation(images):
 
 def pca_psnr(train, test, dimensions):
     """PSNR on `test` of the best linear code of that many numbers, fitted on `train`: both (N, C, H, W) uint8 -> dB."""
-    flat = as_float(train).flatten(1)  # (N, C*H*W)
+    flat = as_float(train[:: 1 + train.numel() // 2**29]).flatten(1)  # (N, C*H*W), at most 2 GB
     mean = flat.mean(dim=0)
     if len(mean) <= 4096:
         basis = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -dimensions:]
@@ -545,7 +534,7 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "ssim": "structural similarity, 1 for equal images",
     "sharpness": "sum of pixel differences, reconstructions over originals",
     "sigreg": "SIGReg of the codes in groups of 128, 1.05 for a Gaussian",
-    "min_std": "smallest deviation of a code channel, near 0 on collapse",
+    "min_std": "deviation of the code's weakest channel, near 0 on collapse",
     "pca_psnr": "dB, the floor: the best linear code of the same size",
     "code_size": "numbers per image",
     "parameters": "weights of encoder and decoder",
@@ -576,7 +565,7 @@ def evaluate(model, train, test, batch_size=250):
         "psnr": psnr(mse), "psnr_luma": psnr(luma), "psnr_chroma": psnr(chroma), "mse": mse, "ssim": similarity,
         "sharpness": sharp / max(sharp_original, 1e-9),
         "sigreg": sum(sigreg(group, slices).item() for group in groups) / len(groups),
-        "min_std": codes.transpose(0, 1).flatten(1).std(dim=1).min().item(),
+        "min_std": codes.std(dim=0, correction=0).mean(dim=(1, 2)).min().item(),
         "pca_psnr": pca_psnr(train, test, codes[0].numel()),
         "code_size": codes[0].numel(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -591,7 +580,7 @@ def report(results, path):
         text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
         print(f"{name:18}{text:>9}  {meaning}")
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {path.parent}{os.sep}")
+    print(f"written to {path}")
 
 
 def save_rows(path, rows):
@@ -624,7 +613,7 @@ def training_loss(model, images, generator, kept, config):
 
 
 def train(model, images, config, log_path):
-    """Train on (N, C, H, W) uint8 on the model's device -> kept judge (None for frozen and live), seconds, images/s.
+    """Train on (N, C, H, W) uint8 on the model's device -> kept weights of the judge (ema, random) or None, seconds.
 
     config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
     FloatingPointError when one is not finite.
@@ -632,76 +621,90 @@ def train(model, images, config, log_path):
     device, steps = images.device, config.epochs * (len(images) // config.batch_size)
     every = min(50, max(1, steps // 20))  # between rows the terms stay on the device: reading one waits for it
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
-    sums, logged, begun, terminal = 0.0, 0, time.perf_counter(), sys.stdout.isatty()
+    kept = None
+    if config.objective == "stae" and config.judge in ("ema", "random"):
+        kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
+    sums, logged, begun = 0.0, 0, time.perf_counter()
     model.train()
     with open(log_path, "w") as log:
         for step, x in batches(images, config.batch_size, config.seed, 0, steps):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = training_loss(model, x, generator_for(device, config.seed, 0, step), kept, config)
+                loss, terms = training_loss(model, x, generator_for(device, config.seed, DRAWS, step), kept, config)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, config.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.lr)
             optimizer.step()
-            if config.judge == "ema":
+            if kept and config.judge == "ema":
                 for name, weight in model.encoder.named_parameters():
                     kept[name].lerp_(weight.detach(), 1 - 0.999)
             sums = sums + torch.stack([loss, *terms.values(), norm]).detach()
-            done = step + 1
-            if done % every and done < steps:
+            if (step + 1) % every and step + 1 < steps:
                 continue
-            means = dict(zip(["loss", *terms, "gradient_norm"], (sums / (done - logged)).tolist()))
-            seconds = time.perf_counter() - begun
-            speed, sums = done * config.batch_size / seconds, 0.0
-            if logged == 0:
-                print("step", *means, "lr", "seconds", "images_per_second", sep=",", file=log)
-            print(done, *means.values(), lr, f"{seconds:.2f}", f"{speed:.1f}", sep=",", file=log, flush=True)
-            text = f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            text += f"  {speed:,.0f} images/s, {seconds / done * (steps - done):.0f} s left"
-            if terminal:  # one line that rewrites itself
-                print(f"\r\033[K{text}", end="\n" if done == steps else "", flush=True)
-            elif done == steps or done * 10 // steps > logged * 10 // steps:  # about ten lines
-                print(text, flush=True)
-            logged = done
+            means = dict(zip(["loss", *terms, "gradient_norm"], (sums / (step + 1 - logged)).tolist()))
             if not math.isfinite(sum(means.values())):
-                raise FloatingPointError(f"step {done}: not finite: {means}; try a lower --lr")
-    return kept if config.judge in ("ema", "random") else None, round(seconds, 1), round(speed, 1)
+                raise FloatingPointError(f"step {step + 1}: not finite: {means}; try a lower --lr")
+            seconds = time.perf_counter() - begun
+            row = {"step": step + 1, **means, "lr": learning_rate(step, steps, config.lr), "seconds": seconds}
+            row["images_per_second"] = (step + 1) * config.batch_size / seconds
+            if logged == 0:
+                print(*row, sep=",", file=log)
+            print(*row.values(), sep=",", file=log, flush=True)
+            show(row, steps, logged)
+            sums, logged = 0.0, step + 1
+    return kept, seconds
 
 
-def save_checkpoint(path, model, judge, config, results):
+def show(row, steps, before):
+    """Print a row of the log: a line that rewrites itself on a terminal, elsewhere a line for each tenth of the run."""
+    step, terminal = row["step"], sys.stdout.isatty()
+    left = row["seconds"] * (steps / step - 1)
+    terms = [f"{name} {row[name]:.4f}" for name in row if name in ("loss", "distance", "layers", "sigreg", "mse")]
+    text = "  ".join([f"step {step}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left", *terms])
+    if terminal:
+        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
+        print(f"\r\033[K{text}", end="\n" if step == steps else "", flush=True)
+    elif step == steps or step * 10 // steps > before * 10 // steps:
+        print(text, flush=True)
+
+
+def save_checkpoint(path, model, kept, config, results):
     """Write plain dicts and tensors, which load with weights_only=True; the file appears whole or not at all."""
-    torch.save({"config": vars(config), "model": model.state_dict(), "judge": judge, "results": results}, f"{path}.tmp")
+    torch.save({"config": vars(config), "model": model.state_dict(), "judge": kept, "results": results}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path):
-    """Read a checkpoint -> its dict, and the Autoencoder on the CPU in eval mode. Raises BadInput for anything else."""
+    """Read a checkpoint, or a run folder's -> Autoencoder on the CPU in eval mode, config, results (two dicts)."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise BadInput(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
+        config, results = checkpoint["config"], checkpoint["results"]
         model = Autoencoder(config["channels"], config["width"], config["latent_channels"])
         model.load_state_dict(checkpoint["model"])
+        config["dataset"], config["size"], config["validation"], results["seed"]  # these are needed too
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise BadInput(f"{path}: not a checkpoint of stae.py ({error})") from None
-    return checkpoint, model.eval()
+        raise BadInput(f"{path}: not a checkpoint of stae.py ({type(error).__name__})") from None
+    return model.eval(), config, results
 
 
 def load_model(path, device="cpu"):
-    """The Autoencoder of a checkpoint, in eval mode: model.encode(images), model.decode(z). Raises BadInput."""
-    return load_checkpoint(path)[1].to(device)
+    """The Autoencoder of a checkpoint or run folder, in eval mode: model.encode(images), model.decode(z)."""
+    return load_checkpoint(path)[0].to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Command line
 
 PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of faces above
-    "shapes": dict(transform="pixel", width=32, latent_channels=8, epochs=15, lr=3e-3),
+    "shapes": dict(transform="pixel", width=32, latent_channels=8, epochs=20, lr=1e-2),
     "cifar10": dict(transform="crop", width=64, latent_channels=8, epochs=15, lr=3e-3),
     "faces": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
 }
 DEFAULTS = dict(  # of all sets
-    dataset="shapes", data="data", device="auto", validation=0, objective="stae", judge="frozen", crop=[0.25, 1.0],
+    dataset="shapes", validation=0, device="auto", objective="stae", judge="frozen", crop=[0.25, 1.0],
     views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, batch_size=128, seed=0, precision="auto"
 )
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
@@ -722,7 +725,7 @@ def number(cast, low, high=math.inf, above=False):
             value = cast(text)
             if low <= value <= high and math.isfinite(value) and not (above and value == low):
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         kind = "an integer" if cast is int else "a number"
         rule = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
@@ -734,7 +737,8 @@ def number(cast, low, high=math.inf, above=False):
 def build_parser():
     """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    share, count, weight = number(float, 0, 1, above=True), number(int, 1), number(float, 0)
+    count, weight = number(int, 1, 10**6), number(float, 0)
+    share, rate = number(float, 0, 1, above=True), number(float, 0, above=True)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
     add("--data", metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
@@ -751,32 +755,29 @@ def build_parser():
     add("--sigreg-weight", type=weight, help="lambda; it belongs to a batch size (default: 0.03)")
     add("--slices", type=count, help="directions that SIGReg tests per step (default: 64)")
     add = parser.add_argument_group("model and training").add_argument
-    add("--width", type=count, help="channels after the stem (default: shapes 32, up to 64 pixels 64, else 128)")
+    add("--width", type=number(int, 1, 4096), help="channels after the stem (default: 32, 64, 128)")
     add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8 up to 64 pixels, else 32)")
-    add("--epochs", type=count, help="passes over the training images (default: 15 up to 64 pixels, else 50)")
-    add("--batch-size", type=number(int, 2), help="images per step (default: 128)")
-    add("--lr", type=number(float, 0, above=True), help="peak of AdamW (default: 0.003 up to 64 pixels, else 0.001)")
+    add("--epochs", type=count, help="passes over the images (default: shapes 20, up to 64 pixels 15, else 50)")
+    add("--batch-size", type=number(int, 2, 10**6), help="images per step (default: 128)")
+    add("--lr", type=rate, help="peak, of AdamW (default: shapes 0.01, up to 64 pixels 0.003, else 0.001)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="of the initial weights and all draws (default: 0)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
     add("--out", type=Path, metavar="DIR", help="folder to write to (default: a new one under runs/)")
     add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="draw what each run folder makes of the test images")
     return parser
 
 
 def pick_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device. Raises BadInput for what this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise BadInput(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; pass --device auto or cpu")
-    return device
+    """auto, cpu, cuda or cuda:N -> torch.device."""
+    names = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    if name not in ("auto", *names):
+        raise BadInput(f"--device {name}: this machine has {', '.join(names)}; pass one of them or auto")
+    return torch.device(names[0] if name == "auto" else name)
 
 
 def pick_precision(name, device):
@@ -790,7 +791,7 @@ def pick_precision(name, device):
 
 
 def check_flags(given):
-    """Refuse what cannot work before any data is read or folder made. Raises BadInput."""
+    """Refuse what cannot work before any data is read or folder made."""
     if given.get("size", 16) < 16 or given.get("size", 16) % 8:
         raise BadInput(f"--size {given['size']}: the side must be at least 16 and divisible by 8")
     low, high = given.get("crop", (0, 1))
@@ -802,10 +803,11 @@ def check_flags(given):
     used = [name for name in RUN_FILES if "out" in given and (given["out"] / name).exists()]
     if used and not given.keys() & {"overwrite", "eval", "compare"}:
         raise BadInput(f"--out {given['out']} holds a run ({used[0]}); pass another folder, or --overwrite")
+    pick_device(given.get("device", "auto"))
 
 
 def check_sizes(config, count):
-    """Refuse a network or a batch that does not fit the `count` training images. Raises BadInput."""
+    """Refuse a network or a batch that does not fit the `count` training images."""
     channels, latent, good = config.channels, config.latent_channels, max(16, config.size // 8 * 8)
     if config.size != good:
         raise BadInput(f"images of {config.size} pixels: the side must be divisible by 8, from 16; pass --size {good}")
@@ -814,84 +816,97 @@ def check_sizes(config, count):
     if latent > 64 * channels:
         raise BadInput(f"--latent-channels {latent}: the code is larger than the image; pass at most {64 * channels}")
     if config.batch_size > count:
-        raise BadInput(f"--batch-size {config.batch_size} is more than the {count} training images; pass a smaller one")
+        raise BadInput(f"--batch-size {config.batch_size}: there are only {count} training images; pass a smaller one")
 
 
 def free_path(folder, name, suffix=""):
     """folder/name+suffix, or with -2, -3, ... after the name when that is taken."""
-    names = (f"{name}{end}{suffix}" for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    return next(folder / name for name in names if not (folder / name).exists())
+    path, count = folder / f"{name}{suffix}", 2
+    while path.exists():
+        path, count = folder / f"{name}-{count}{suffix}", count + 1
+    return path
 
 
 def train_command(given):
     """Train, measure and draw one run."""
-    config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in ("out", "overwrite")})
+    config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in ("data", "out", "overwrite")})
     device = pick_device(config.device)
-    config.precision = pick_precision(config.precision, device)
-    train_split, test_split = load_data(config.dataset, config.data, given.get("size"), config.validation)
-    config.channels, config.size = train_split.images.shape[1:3]
-    row = config.dataset if config.dataset in PRESETS else "cifar10" if config.size <= 64 else "faces"
+    config.device, config.precision = str(device), pick_precision(config.precision, device)
+    splits = load_data(config.dataset, given.get("data", "data"), given.get("size"), config.validation)
+    images, test_images = (images.to(device) for images, _ in splits)
+    config.channels, config.size = images.shape[1:3]
+    row = config.dataset if config.dataset in ("shapes", "cifar10") else "cifar10" if config.size <= 64 else "faces"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
-    check_sizes(config, len(train_split.images))
+    check_sizes(config, len(images))
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
 
     torch.manual_seed(config.seed)
     model = Autoencoder(config.channels, config.width, config.latent_channels)
     model = model.to(device, memory_format=torch.channels_last)
-    images, tests = train_split.images.to(device), test_split.images.to(device)
-    name = f"{Path(config.dataset).resolve().stem}-{config.objective}-{config.transform}-{config.judge}-s{config.seed}"
-    folder = given.get("out") or free_path(Path("runs"), name)
-    folder.mkdir(parents=True, exist_ok=True)
+    run = f"{Path(config.dataset).resolve().stem}-{config.objective}-{config.transform}-{config.judge}-s{config.seed}"
+    folder = given.get("out") or free_path(Path("runs"), run)
+    folder.mkdir(parents=True, exist_ok="out" in given)
     for old in RUN_FILES:
         (folder / old).unlink(missing_ok=True)
-    judge, seconds, speed = train(model, images, config, folder / "log.csv")
-    results = {"train_seconds": seconds, "images_per_second": speed, "seed": config.seed}
-    save_checkpoint(folder / "checkpoint.pt", model, judge, config, results)
+    kept, seconds = train(model, images, config, folder / "log.csv")
+    speed = config.epochs * (len(images) // config.batch_size) * config.batch_size / seconds
+    results = {"train_seconds": round(seconds, 1), "images_per_second": round(speed, 1), "seed": config.seed}
+    save_checkpoint(folder / "checkpoint.pt", model, kept, config, results)
+    report(evaluate(model, images, test_images) | results, folder / "metrics.json")
     with torch.no_grad():
-        x, x_hat = as_float(tests[:16]), model.eval()(as_float(tests[:16]))
+        x, x_hat = as_float(test_images[:16]), model(as_float(test_images[:16]))
     views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
-    save_rows(folder / "reconstructions.png", [x, x_hat])
-    seen = [apply_transform(name, draw, side) for _, name, draw in views for side in (x, x_hat)]
+    seen = [apply_transform(name, draw, both) for _, name, draw in views for both in (x, x_hat)]
     save_rows(folder / "transforms.png", [x, *seen])
-    report(evaluate(model, images, tests) | results, folder / "metrics.json")
+    save_rows(folder / "reconstructions.png", [x, x_hat])
+
+
+def stored_run(path, given):
+    """A checkpoint for --eval or --compare -> model, config, results; the data may be named anew, nothing else."""
+    model, stored, results = load_checkpoint(path)
+    for name in given.keys() & stored.keys() - {"dataset", "validation", "device", "precision"}:
+        if given[name] != stored[name]:
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag} {given[name]}: {path} was trained with {stored[name]}; leave the flag out")
+    if "dataset" in given:
+        stored["validation"] = 0  # it was a slice of other data
+    return model, argparse.Namespace(**stored | {"data": "data"} | given), results
 
 
 def eval_command(given):
     """Measure a checkpoint on its own data or on --dataset; the files, eval-*, go to --out or beside the checkpoint."""
-    checkpoint, model = load_checkpoint(given["eval"])
-    stored = checkpoint["config"]
-    for name in given.keys() & stored.keys() - {"dataset", "data", "validation", "device", "precision"}:
-        if given[name] != stored[name]:
-            flag = name.replace("_", "-")
-            raise BadInput(f"--{flag} {given[name]}: the checkpoint has {stored[name]}; leave the flag out")
-    config = argparse.Namespace(**stored | {"device": "auto"} | given)
-    device = pick_device(config.device)
+    model, config, results = stored_run(given["eval"], given)
+    device = pick_device(given.get("device", "auto"))
     splits = load_data(config.dataset, config.data, config.size, config.validation)
-    images, tests = (split.images.to(device) for split in splits)
-    if tests.shape[1] != config.channels:
-        raise BadInput(f"--dataset {config.dataset} has {tests.shape[1]} channels, the checkpoint {config.channels}")
-    folder = given.get("out", config.eval.parent)
+    images, test_images = (images.to(device) for images, _ in splits)
+    if images.shape[1] != config.channels:
+        raise BadInput(f"--dataset {config.dataset} has {images.shape[1]} channels, the checkpoint {config.channels}")
+    folder = given.get("out") or (config.eval if config.eval.is_dir() else config.eval.parent)
+    results = evaluate(model.to(device), images, test_images) | results
     folder.mkdir(parents=True, exist_ok=True)
     path = free_path(folder, f"eval-{Path(config.dataset).resolve().stem}", ".json")
+    report(results, path)
     with torch.no_grad():
-        save_rows(path.with_suffix(".png"), [as_float(tests[:16]), model.to(device)(as_float(tests[:16]))])
-    report(evaluate(model, images, tests) | checkpoint["results"], path)
+        save_rows(path.with_suffix(".png"), [as_float(test_images[:16]), model(as_float(test_images[:16]))])
 
 
 def compare_command(given):
     """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder."""
-    runs = {run: load_checkpoint(run / "checkpoint.pt") for run in given["compare"]}
-    configs = [argparse.Namespace(**checkpoint["config"] | given) for checkpoint, _ in runs.values()]
-    if len({(config.dataset, config.size, config.validation) for config in configs}) > 1:
-        raise BadInput(f"--compare: the runs have different data: {', '.join({config.dataset for config in configs})}")
-    test = load_data(configs[0].dataset, configs[0].data, configs[0].size, configs[0].validation)[1]
-    x, folder = as_float(test.images[:16]), given.get("out", Path("."))
+    runs = [stored_run(path, given) for path in given["compare"]]
+    sets = {(config.dataset, config.size, config.channels, config.validation) for _, config, _ in runs}
+    if len(sets) > 1:
+        raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
+    config = runs[0][1]
+    x = as_float(load_data(config.dataset, config.data, config.size, config.validation)[1][0][:16])
+    if x.shape[1] != config.channels:
+        raise BadInput(f"--dataset {config.dataset} has {x.shape[1]} channels, the runs {config.channels}")
+    folder = given.get("out", Path("."))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "comparison.png" if "overwrite" in given else free_path(folder, "comparison", ".png")
     with torch.no_grad():
-        save_rows(path, [x, *(model(x) for _, model in runs.values())])
-    print(f"written to {path}; rows from the top: originals, {', '.join(map(str, runs))}")
+        save_rows(path, [x, *(model(x) for model, _, _ in runs)])
+    print(f"written to {path}; rows from the top: originals, {', '.join(map(str, given['compare']))}")
 
 
 def main(argv=None):
@@ -901,10 +916,12 @@ def main(argv=None):
         check_flags(given)
         (eval_command if "eval" in given else compare_command if "compare" in given else train_command)(given)
         return 0
-    except (BadInput, FloatingPointError, OSError) as error:
-        print(f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 1
+    except (BadInput, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        code = 2 if isinstance(error, BadInput) else 1
+        print("\n" * (code == 1) + f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
+        print("\nstae.py: interrupted", file=sys.stderr)
         return 130
 
 
