@@ -121,14 +121,19 @@ def read_npz(path):
 def read_folder(folder, size=None):
     """Every image below `folder` as RGB, fitted to `size`; unreadable ones are skipped, counted, the first named.
 
-    The first-level subfolders are the classes when every image lies in one. Without a `size` all must have the same.
+    Subfolders train/ and test/, when both are there, are the splits. The first-level subfolders (of each) are the classes
+    when every image lies in one. Without a `size` all images must have the same.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-    images, classes, unreadable = [], [], []
-    for file in files:
+    roots = [folder / "train", folder / "test"]
+    roots = roots if all(root.is_dir() for root in roots) else [folder]
+    files = [(file, root) for root in roots for file in sorted(root.rglob("*"))]
+    files = [(file, root) for file, root in files if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+    images, classes, origins, unreadable = [], [], [], []
+    for file, root in files:
         try:
             images.append(fit(TF.pil_to_tensor(default_loader(file)), size))
-            classes.append(file.relative_to(folder).parts[0] if file.parent != folder else "")
+            classes.append(file.relative_to(root).parts[0] if file.parent != root else "")
+            origins.append(root.name)
         except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
             unreadable.append(f"{file} ({error})")
     if unreadable:
@@ -139,7 +144,7 @@ def read_folder(folder, size=None):
         raise BadInput(f"{folder}: images are {min(sides)} to {max(sides)} pixels wide; make them equal with --size")
     names = sorted(set(classes))
     labels = None if "" in names else torch.tensor([names.index(name) for name in classes])
-    return torch.stack(images), labels, 0
+    return torch.stack(images), labels, origins.count("test") if len(roots) == 2 else 0
 
 
 def load_data(dataset, root="data", size=None, validation=0):
@@ -684,7 +689,7 @@ def load_checkpoint(path):
         config, results = checkpoint["config"], checkpoint["results"]
         model = Autoencoder(config["channels"], config["width"], config["latent_channels"])
         model.load_state_dict(checkpoint["model"])
-        config["dataset"], config["size"], config["validation"], results["seed"]  # these are needed too
+        config["dataset"], config["size"], config["validation"], results["seed"]  # a foreign file may lack them
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise BadInput(f"{path}: not a checkpoint of stae.py ({type(error).__name__})") from None
     return model.eval(), config, results
@@ -703,9 +708,10 @@ PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of faces
     "cifar10": dict(transform="crop", width=64, latent_channels=8, epochs=15, lr=3e-3),
     "faces": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
 }
-DEFAULTS = dict(  # of all sets
-    dataset="shapes", validation=0, device="auto", objective="stae", judge="frozen", crop=[0.25, 1.0],
-    views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, batch_size=128, seed=0, precision="auto"
+DEFAULTS = dict(  # of all sets; None is filled in by the images
+    dataset="shapes", size=None, channels=None, validation=0, objective="stae", judge="frozen", crop=[0.25, 1.0],
+    views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, batch_size=128, seed=0, device="auto",
+    precision="auto",
 )
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
 
@@ -717,19 +723,16 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def number(cast, low, high=math.inf, above=False):
-    """An argparse type: an int or a float in [low, high], or in (low, high] when `above`."""
+def number(cast, rule, holds):
+    """An argparse type: what `cast` makes of the text when `holds` says yes; `rule` tells the user what is allowed."""
 
     def parse(text):
         try:
-            value = cast(text)
-            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+            if holds(value := cast(text)):
                 return value
         except (ValueError, OverflowError):
             pass
-        kind = "an integer" if cast is int else "a number"
-        rule = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {rule}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
 
     return parse
 
@@ -737,30 +740,33 @@ def number(cast, low, high=math.inf, above=False):
 def build_parser():
     """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    count, weight = number(int, 1, 10**6), number(float, 0)
-    share, rate = number(float, 0, 1, above=True), number(float, 0, above=True)
+    count = number(int, "an integer from 1 to 1,000,000", lambda n: 1 <= n <= 10**6)
+    natural = number(int, "an integer from 0", lambda n: 0 <= n < 2**63)
+    share = number(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    weight = number(float, "a number from 0", lambda v: 0 <= v < math.inf)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
     add("--data", metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
     add("--size", type=count, help="side in pixels to resize to, after a square crop (default: as is)")
-    add("--validation", type=number(int, 0), metavar="N", help="test on the last N training images instead")
+    add("--validation", type=natural, metavar="N", help="test on the last N training images instead")
     add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=("stae", "mse"), help="mse, the baseline, ignores this group (default: stae)")
     add("--transform", choices=TRANSFORMS, help="T (default: pixel for shapes, crop otherwise)")
     add("--judge", choices=JUDGES, help="the encoder held for the step, trained, averaged, untrained (default: frozen)")
     add("--crop", type=share, nargs=2, metavar=("MIN", "MAX"), help="side, as a fraction (default: 0.25 1)")
-    add("--views", type=number(int, 1, 64), metavar="K", help="transformations per image and step (default: 1)")
+    add("--views", type=count, metavar="K", help="transformations per image and step (default: 1)")
     add("--judge-layers", type=weight, metavar="W", help="weight of the judge's inner activations (default: 0)")
     add("--mask-ratio", type=share, help="share of pixels, patches or channels blacked out (default: 0.7)")
     add("--sigreg-weight", type=weight, help="lambda; it belongs to a batch size (default: 0.03)")
     add("--slices", type=count, help="directions that SIGReg tests per step (default: 64)")
     add = parser.add_argument_group("model and training").add_argument
-    add("--width", type=number(int, 1, 4096), help="channels after the stem (default: 32, 64, 128)")
+    add("--width", type=number(int, "an integer from 1 to 4096", lambda n: 1 <= n <= 4096),
+        help="channels after the stem (default: shapes 32, up to 64 pixels 64, else 128)")
     add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8 up to 64 pixels, else 32)")
     add("--epochs", type=count, help="passes over the images (default: shapes 20, up to 64 pixels 15, else 50)")
-    add("--batch-size", type=number(int, 2, 10**6), help="images per step (default: 128)")
-    add("--lr", type=rate, help="peak, of AdamW (default: shapes 0.01, up to 64 pixels 0.003, else 0.001)")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="of the initial weights and all draws (default: 0)")
+    add("--batch-size", type=count, help="images per step (default: 128)")
+    add("--lr", type=share, help="peak, of AdamW (default: shapes 0.01, up to 64 pixels 0.003, else 0.001)")
+    add("--seed", type=natural, help="of the initial weights and all draws (default: 0)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
@@ -797,6 +803,8 @@ def check_flags(given):
     low, high = given.get("crop", (0, 1))
     if low > high:
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
+    if given.get("batch_size", 2) < 2:
+        raise BadInput("--batch-size 1: SIGReg and the norm need at least 2")
     for flag in given.keys() & {"data", "out"}:
         if Path(given[flag]).exists() and not Path(given[flag]).is_dir():
             raise BadInput(f"--{flag} {given[flag]} is not a folder")
@@ -827,13 +835,21 @@ def free_path(folder, name, suffix=""):
     return path
 
 
+def load_images(config, given, device):
+    """The images of a run to train and to test on, on the device; of the channels that config names, when it does."""
+    splits = load_data(config.dataset, given.get("data", "data"), config.size, config.validation)
+    images, test_images = (images.to(device) for images, _ in splits)
+    if config.channels not in (None, images.shape[1]):
+        raise BadInput(f"--dataset {config.dataset} has {images.shape[1]} channels, the checkpoint {config.channels}")
+    return images, test_images
+
+
 def train_command(given):
     """Train, measure and draw one run."""
     config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in ("data", "out", "overwrite")})
     device = pick_device(config.device)
     config.device, config.precision = str(device), pick_precision(config.precision, device)
-    splits = load_data(config.dataset, given.get("data", "data"), given.get("size"), config.validation)
-    images, test_images = (images.to(device) for images, _ in splits)
+    images, test_images = load_images(config, given, device)
     config.channels, config.size = images.shape[1:3]
     row = config.dataset if config.dataset in ("shapes", "cifar10") else "cifar10" if config.size <= 64 else "faces"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
@@ -871,17 +887,14 @@ def stored_run(path, given):
             raise BadInput(f"--{flag} {given[name]}: {path} was trained with {stored[name]}; leave the flag out")
     if "dataset" in given:
         stored["validation"] = 0  # it was a slice of other data
-    return model, argparse.Namespace(**stored | {"data": "data"} | given), results
+    return model, argparse.Namespace(**stored | given), results
 
 
 def eval_command(given):
     """Measure a checkpoint on its own data or on --dataset; the files, eval-*, go to --out or beside the checkpoint."""
     model, config, results = stored_run(given["eval"], given)
     device = pick_device(given.get("device", "auto"))
-    splits = load_data(config.dataset, config.data, config.size, config.validation)
-    images, test_images = (images.to(device) for images, _ in splits)
-    if images.shape[1] != config.channels:
-        raise BadInput(f"--dataset {config.dataset} has {images.shape[1]} channels, the checkpoint {config.channels}")
+    images, test_images = load_images(config, given, device)
     folder = given.get("out") or (config.eval if config.eval.is_dir() else config.eval.parent)
     results = evaluate(model.to(device), images, test_images) | results
     folder.mkdir(parents=True, exist_ok=True)
@@ -897,10 +910,7 @@ def compare_command(given):
     sets = {(config.dataset, config.size, config.channels, config.validation) for _, config, _ in runs}
     if len(sets) > 1:
         raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
-    config = runs[0][1]
-    x = as_float(load_data(config.dataset, config.data, config.size, config.validation)[1][0][:16])
-    if x.shape[1] != config.channels:
-        raise BadInput(f"--dataset {config.dataset} has {x.shape[1]} channels, the runs {config.channels}")
+    x = as_float(load_images(runs[0][1], given, "cpu")[1][:16])
     folder = given.get("out", Path("."))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "comparison.png" if "overwrite" in given else free_path(folder, "comparison", ".png")
@@ -916,7 +926,7 @@ def main(argv=None):
         check_flags(given)
         (eval_command if "eval" in given else compare_command if "compare" in given else train_command)(given)
         return 0
-    except (BadInput, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (BadInput, FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as error:
         code = 2 if isinstance(error, BadInput) else 1
         print("\n" * (code == 1) + f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return code

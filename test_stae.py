@@ -145,6 +145,16 @@ def test_folder_of_many_formats(tmp_path, capsys):
     assert stae.read_folder(tmp_path)[1] is None  # an image outside of every class
 
 
+def test_folder_with_train_and_test(tmp_path):
+    for split, label, grey in [("train", "a", 10), ("train", "b", 20), ("test", "b", 30)]:
+        (tmp_path / split / label).mkdir(parents=True)
+        for i in range(3):
+            save_image(torch.full((3, 16, 16), (grey + i) / 255), tmp_path / split / label / f"{i}.png")
+    (train, labels), (test, test_labels) = stae.load_data(str(tmp_path))
+    assert train[:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22] and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test[:, 0, 0, 0].tolist() == [30, 31, 32] and test_labels.tolist() == [1, 1, 1]
+
+
 def write_cifar10(root, per_file=4):
     """The official layout: five pickled training files and one test file of flat channel-first rows."""
     folder = root / "cifar-10-batches-py"
@@ -821,7 +831,7 @@ BAD = {
     "--width 32 --latent-channels 256": "larger than the image",
     "--epochs 0": "'0'",
     "--epochs 1.5": "'1.5'",
-    "--batch-size 1": "'1'",
+    "--batch-size 1": "at least 2",
     "--batch-size 25": "24 training images",
     "--lr 0": "'0'",
     "--seed -1": "-1",
