@@ -791,8 +791,8 @@ def check_sizes(config, count):
     if config.size != good:
         raise BadInput(f"images of {config.size} pixels: the side must be divisible by 8, from 16; pass --size {good}")
     if latent > most or 8 * config.width % latent:
-        raise BadInput(f"--latent-channels {latent}: must divide 8 * --width = {8 * config.width}; above {most} the code "
-                       "is larger than the image")
+        raise BadInput(f"--latent-channels {latent}: must divide 8 * --width = {8 * config.width}; above {most} the "
+                       "code is larger than the image")
     if config.batch_size > count:
         raise BadInput(f"--batch-size {config.batch_size}: there are only {count} training images; pass a smaller one")
 
