@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import shlex
@@ -848,6 +849,7 @@ BAD = {
     "--eval foreign.pt --compare foreign.pt": "not allowed with",
     "--eval foreign.pt --device tpu": "tpu",
     "--eval half.pt": "not a checkpoint",
+    "--eval evil.pt": "not a checkpoint",
     "--eval notes.txt": "not a checkpoint",
     "--eval foreign.pt": "not a checkpoint",
     "--eval other.pt": "not a checkpoint",
@@ -855,6 +857,13 @@ BAD = {
     "--epoch 3": "--epoch",
     "crop": "crop",
 }
+
+
+class Evil:
+    """Makes a folder when it is unpickled: the trace that the test looks for."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -877,6 +886,7 @@ def test_bad_input_gets_one_line_and_leaves_no_trace(here, capsys, monkeypatch, 
     sizes = {"channels": 3, "width": 4, "latent_channels": 4}
     torch.save({"config": sizes, "model": other, "results": {}}, "other.pt")
     torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": {}}, "half.pt")
+    torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": Evil()}, "evil.pt")
     before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*") if "offline" not in p.name}
     line = flags if flags.startswith(("--eval", "--compare")) else f"{TINY} {flags}"
     assert run(line) == 2
