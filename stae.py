@@ -516,7 +516,7 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "sharpness": "sum of pixel differences, reconstructions over originals",
     "sigreg": "SIGReg of the codes in groups of 128, 1.05 for a Gaussian",
     "min_std": "deviation of the code's weakest channel, near 0 on collapse",
-    "pca_psnr": "dB, the floor: the best linear code of the same size",
+    "pca_psnr": "dB, of the best linear code of the same size",
     "code_size": "numbers per image",
     "parameters": "weights of encoder and decoder",
     "train_seconds": "training alone",
@@ -712,16 +712,17 @@ def number(cast, rule, holds):
 def build_parser():
     """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    side = number(int, "divisible by 8, from 16 to 4096", lambda n: n % 8 == 0 and 16 <= n <= 4096)
+    text = number(str, "a name or a path", lambda text: bool(text.strip()))
+    side = number(int, "an integer divisible by 8, from 16 to 4096", lambda n: n % 8 == 0 and 16 <= n <= 4096)
     width = number(int, "an integer from 1 to 4096", lambda n: 1 <= n <= 4096)
     batch = number(int, "an integer from 2 to 1,000,000", lambda n: 2 <= n <= 10**6)
     count = number(int, "an integer from 1 to 1,000,000", lambda n: 1 <= n <= 10**6)
-    natural = number(int, "an integer from 0", lambda n: 0 <= n < 2**63)
+    natural = number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
     share = number(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
     weight = number(float, "a number from 0", lambda v: 0 <= v < math.inf)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
-    add("--data", metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
+    add("--dataset", type=text, metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
+    add("--data", type=text, metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
     add("--size", type=side, help="side in pixels to resize to, after a square crop (default: as is)")
     add("--validation", type=natural, metavar="N", help="test on the last N training images instead")
     add = parser.add_argument_group("objective").add_argument
@@ -745,7 +746,7 @@ def build_parser():
     add = group.add_argument
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
-    add("--out", type=Path, metavar="DIR", help="folder to write to (default: a new one under runs/)")
+    add("--out", type=text, metavar="DIR", help="folder to write to (default: a new one under runs/)")
     add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
     add = group.add_mutually_exclusive_group().add_argument
     add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
@@ -776,9 +777,12 @@ def check_flags(given):
     low, high = given.get("crop", (0, 1))
     if low > high:
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
-    for flag in given.keys() & {"data", "out"}:
-        if Path(given[flag]).exists() and not Path(given[flag]).is_dir():
-            raise BadInput(f"--{flag} {given[flag]} is not a folder")
+    if Path(given.get("data", ".")).exists() and not Path(given.get("data", ".")).is_dir():
+        raise BadInput(f"--data {given['data']} is not a folder")
+    out = given.get("out", Path("runs")).absolute()
+    base = next(path for path in (out, *out.parents) if path.exists())
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        raise BadInput(f"--out {out}: {base} is not a folder that can be written; pass another")
     used = [name for name in RUN_FILES if "out" in given and (given["out"] / name).exists()]
     if used and not given.keys() & {"overwrite", "eval", "compare"}:
         raise BadInput(f"--out {given['out']} holds a run ({used[0]}); pass another folder, or --overwrite")
@@ -794,7 +798,7 @@ def check_sizes(config, count):
         raise BadInput(f"--latent-channels {latent}: must divide 8 * --width = {8 * config.width}; above {most} the "
                        "code is larger than the image")
     if config.batch_size > count:
-        raise BadInput(f"--batch-size {config.batch_size}: there are only {count} training images; pass a smaller one")
+        raise BadInput(f"--batch-size {config.batch_size}: more than the training images; pass {count} or less")
 
 
 def free_path(folder, name, suffix=""):
@@ -825,7 +829,10 @@ def train_command(given):
     config = argparse.Namespace(**PRESETS[row] | vars(config))
     check_sizes(config, len(images))
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
-    print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
+    if config.transform == "crop":
+        print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
+    if (steps := config.epochs * (len(images) // config.batch_size)) < 300:
+        print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
 
     torch.manual_seed(config.seed)
     model = Autoencoder(config.channels, config.width, config.latent_channels)
@@ -855,6 +862,8 @@ def stored_run(path, given):
         if given[name] != stored[name]:
             flag = name.replace("_", "-")
             raise BadInput(f"--{flag} {given[name]}: {path} was trained with {stored[name]}; leave the flag out")
+    if given.get("validation", 0) > stored["validation"] and "dataset" not in given:
+        raise BadInput(f"--validation {given['validation']}: {path} was trained on those images; leave the flag out")
     if "dataset" in given:
         stored["validation"] = 0  # it was a slice of other data
     return model, argparse.Namespace(**stored | given), results
@@ -893,10 +902,14 @@ def main(argv=None):
     """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 interrupted."""
     try:
         given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
+        if "out" in given:
+            given["out"] = Path(given["out"])
         check_flags(given)
         (eval_command if "eval" in given else compare_command if "compare" in given else train_command)(given)
         return 0
-    except (BadInput, FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as error:
+    except (BadInput, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a bug of ours: its traceback is wanted
         code = 2 if isinstance(error, BadInput) else 1
         print("\n" * (code == 1) + f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
