@@ -149,7 +149,7 @@ def read_folder(folder, size=None):
 def load_data(dataset, root="data", size=None, validation=0):
     """Load "shapes", "cifar10" (in or to `root`), a folder of images or an .npz -> (images, labels) to train, to test.
     Images are (N, C, S, S) uint8 on the CPU, labels (N,) int64 or None. size: S, to resize to. A set without a test
-    split holds out a tenth, always the same. validation: when positive, so many of the last training images."""
+    split holds out a tenth, always the same. validation: so many of the last training images become the test split."""
     if dataset == "shapes":
         images, labels, test_count = make_shapes()
     elif dataset == "cifar10":
@@ -591,11 +591,11 @@ def training_loss(model, images, generator, kept, config):
     return stae_loss(model, images, views, slices, judge, config.sigreg_weight, config.judge_layers)
 
 
-def train(model, images, config, log_path):
+def train(model, images, steps, config, log_path):
     """Train on (N, C, H, W) uint8 on the model's device -> kept weights of the judge (ema, random) or None, seconds.
     config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
     FloatingPointError when one is not finite."""
-    device, steps = images.device, config.epochs * (len(images) // config.batch_size)
+    device = images.device
     every = min(50, max(1, steps // 20))  # between rows the terms stay on the device: reading one waits for it
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     kept = None
@@ -764,12 +764,11 @@ def pick_device(name):
 
 def pick_precision(name, device):
     """auto -> bf16 where the machine has instructions for it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("bf16" if fast else "fp32") if name == "auto" else name
 
 
 def check_flags(given):
@@ -779,13 +778,13 @@ def check_flags(given):
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
     if Path(given.get("data", ".")).exists() and not Path(given.get("data", ".")).is_dir():
         raise BadInput(f"--data {given['data']} is not a folder")
-    out = given.get("out", Path("runs")).absolute()
-    base = next(path for path in (out, *out.parents) if path.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK):
+    trains, out = not given.keys() & {"eval", "compare"}, given.get("out", Path("runs"))
+    base = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if (trains or "out" in given) and not (base.is_dir() and os.access(base, os.W_OK)):
         raise BadInput(f"--out {out}: {base} is not a folder that can be written; pass another")
-    used = [name for name in RUN_FILES if "out" in given and (given["out"] / name).exists()]
-    if used and not given.keys() & {"overwrite", "eval", "compare"}:
-        raise BadInput(f"--out {given['out']} holds a run ({used[0]}); pass another folder, or --overwrite")
+    used = [name for name in RUN_FILES if "out" in given and (out / name).exists()]
+    if used and trains and "overwrite" not in given:
+        raise BadInput(f"--out {out} holds a run ({used[0]}); pass another folder, or --overwrite")
     pick_device(given.get("device", "auto"))
 
 
@@ -831,7 +830,8 @@ def train_command(given):
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
         print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
-    if (steps := config.epochs * (len(images) // config.batch_size)) < 300:
+    steps = config.epochs * (len(images) // config.batch_size)
+    if steps < 300:
         print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
 
     torch.manual_seed(config.seed)
@@ -842,15 +842,15 @@ def train_command(given):
     folder.mkdir(parents=True, exist_ok="out" in given)
     for old in RUN_FILES:
         (folder / old).unlink(missing_ok=True)
-    kept, seconds = train(model, images, config, folder / "log.csv")
-    speed = config.epochs * (len(images) // config.batch_size) * config.batch_size / seconds
-    results = {"train_seconds": round(seconds, 1), "images_per_second": round(speed, 1), "seed": config.seed}
+    kept, seconds = train(model, images, steps, config, folder / "log.csv")
+    speed = round(steps * config.batch_size / seconds, 1)
+    results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
     save_checkpoint(folder / "checkpoint.pt", model, kept, config, results)
     report(evaluate(model, images, test_images) | results, folder / "metrics.json")
     with torch.no_grad():
         x, x_hat = as_float(test_images[:16]), model(as_float(test_images[:16]))
     views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
-    seen = [apply_transform(name, draw, both) for _, name, draw in views for both in (x, x_hat)]
+    seen = [apply_transform(name, draw, batch) for _, name, draw in views for batch in (x, x_hat)]
     save_rows(folder / "transforms.png", [x, *seen])
     save_rows(folder / "reconstructions.png", [x, x_hat])
 

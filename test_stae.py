@@ -777,6 +777,13 @@ def test_overwrite(here, capsys):
     assert Path("run/mine.txt").read_text() == "keep" and json.loads(Path("run/metrics.json").read_text())["seed"] == 1
 
 
+def test_a_folder_that_cannot_be_written_stops_a_run_but_not_an_eval(here, capsys, monkeypatch):
+    assert run(f"{TINY} --out run") == 0
+    monkeypatch.setattr(stae.os, "access", lambda *args: False)
+    assert run(TINY) == 2 and "can be written" in capsys.readouterr().err
+    assert run("--eval run") == 0  # writes beside the checkpoint, whatever the current folder
+
+
 def test_folder_of_images_end_to_end(here, capsys):
     for name in "ab":
         (here / "photos" / name).mkdir(parents=True)
