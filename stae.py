@@ -26,29 +26,34 @@ SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544 (November 2025).
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pytest>=8"]
 # ///
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CelebA
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Data: uint8 images (N, C, H, W), small enough to live on the device. make_ and read_ return them with their labels
-# (N,), or None, and how many of them, at the end, are the test split
+# 1. Data: uint8 images (N, C, H, W). make_ and read_ return them with their labels (N,), or None, and how many of them,
+# at the end, are the test split: 0 when nothing says so, and then their order is shuffled
 
 ORDER, DRAWS = 1, 0  # what a random stream is for: the order of an epoch, the draws of a step
+CACHE_ABOVE = 5000  # image files; fewer are decoded in seconds
+CELEBA_SPLITS = (0, 162_770), (182_637, 202_599)  # train and test of the official partition, by file number
 
 
 class BadInput(ValueError):
@@ -78,11 +83,18 @@ def make_shapes(count=12_000, size=32, seed=0):
     return canvas.to(torch.uint8)[:, None], kind.flatten(), count // 6
 
 
-def fit(images, size=None):
-    """Centre crop (..., C, H, W) uint8 to a square, then resize it (antialiased) to `size` pixels when given."""
-    side = min(images.shape[-2:])
-    images = TF.center_crop(images, [side, side])
-    return images if size in (None, side) else TF.resize(images, [size, size], antialias=True)
+def shuffled(items):
+    """A list of the items in an order that is random and always the same, so that its end can be held out."""
+    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+
+
+def fit(image, size=None, crop=None):
+    """Centre crop a picture, or uint8 (..., C, H, W), to a square, of `crop` pixels when given and there, then resize
+    it (antialiased) to `size` pixels when given."""
+    _, height, width = TF.get_dimensions(image)
+    side = min(height, width, crop or height)
+    image = TF.center_crop(image, [side, side])
+    return image if size in (None, side) else TF.resize(image, [size, size], antialias=True)
 
 
 def read_cifar10(root):
@@ -115,62 +127,168 @@ def read_npz(path):
         if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
             raise BadInput(f"{path}: y{end} is {y.dtype} {y.shape}; it must be {len(x)} integers, one per image")
     x, y = (np.concatenate([arrays[k + end] for end in ends if k + end in arrays] or [[]]) for k in "xy")
+    images = torch.from_numpy(x).permute(0, 3, 1, 2)
     labels = torch.from_numpy(y.astype(np.int64)) if len(y) == len(x) else None
-    return torch.from_numpy(x).permute(0, 3, 1, 2), labels, len(arrays["x_test"]) if "_test" in ends else 0
+    if "_test" in ends:
+        return images, labels, len(arrays["x_test"])
+    order = shuffled(range(len(images)))
+    return images[order], None if labels is None else labels[order], 0
+
+
+def progress(text, done, total, before):
+    """Show how far a long job is: a line that rewrites itself on a terminal, elsewhere a line for each tenth of it."""
+    if sys.stdout.isatty():
+        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
+        print(f"\r\033[K{text}", end="\n" if done == total else "", flush=True)
+    elif done == total or done * 10 // total > before * 10 // total:
+        print(text, flush=True)
+
+
+def decode(folder, names, size, crop, unreadable):
+    """Yield each image file that can be read as uint8 (3, S, S), RGB, fitted; the names of the others and why go to the
+    dictionary `unreadable`. Several threads decode. Raises BadInput when two images differ in size, or none is left."""
+
+    def read(name):
+        try:
+            return TF.pil_to_tensor(fit(default_loader(folder / name), size, crop)).contiguous()
+        except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
+            return str(error)
+
+    side = None
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(names), 500):  # in parts: what is decoded and not yet taken waits in memory
+            part = names[start : start + 500]
+            for name, image in zip(part, pool.map(read, part)):
+                if isinstance(image, str):
+                    unreadable[name] = image
+                    continue
+                side = side or image.shape[1]
+                if image.shape[1] != side:
+                    raise BadInput(f"{folder}: images of {side} and of {image.shape[1]} pixels ({name}); make them "
+                                   "equal with --size")
+                yield image
+            if len(names) > CACHE_ABOVE:
+                done = start + len(part)
+                progress(f"decoded {done:,} of {len(names):,} images", done, len(names), start)
+    if side is None:
+        name, reason = min(unreadable.items())
+        raise BadInput(f"{folder}: no readable image among {len(names)}: {name} ({reason})")
+
+
+def decode_once(folder, names, size, crop):
+    """What `decode` makes of many files, kept beside their folder as FOLDER.stae-SIZE.npy -> a memory map (N, 3, S, S),
+    unreadable. A .json of that name says of which files: when one is added, changed or gone, both are made anew."""
+    beside = Path(os.path.abspath(folder))
+    cache = beside.with_name("-".join([f"{beside.name}.stae", *(str(n) for n in (crop, size) if n)]) + ".npy")
+    receipt, temporary = cache.with_suffix(".json"), Path(f"{cache}.{os.getpid()}.tmp")
+    stats = [(name, file.st_size, file.st_mtime_ns) for name in names for file in [os.stat(folder / name)]]
+    stamp = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+    def mapped():
+        unreadable = json.loads(receipt.read_text())[stamp]
+        return np.load(cache, mmap_mode="r")[: len(names) - len(unreadable)], unreadable
+
+    try:
+        return mapped()
+    except (OSError, ValueError, KeyError):  # not there yet, damaged, or of other files
+        if not os.access(cache.parent, os.W_OK):
+            raise BadInput(f"{cache.parent} cannot be written, but {cache.name}, the decoded images, belongs there; "
+                           "link the folder of images from a folder of your own") from None
+    unreadable = {}
+    try:
+        with open(temporary, "wb") as out:
+            for image in decode(folder, names, size, crop, unreadable):
+                if out.tell() == 0:
+                    header = dict(descr="|u1", fortran_order=False, shape=(len(names), *image.shape))
+                    np.lib.format.write_array_header_1_0(out, header)
+                    end = out.tell() + len(names) * image.numel()
+                out.write(image.numpy())
+            out.truncate(end)  # the header counts all files; what is unreadable leaves empty rows at the end
+        receipt.unlink(missing_ok=True)  # it vouches for the array: goes before the old one, comes after the new one
+        os.replace(temporary, cache)
+        temporary.write_text(json.dumps({stamp: unreadable}))
+        os.replace(temporary, receipt)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return mapped()
+
+
+def read_images(folder, names, size=None, crop=None):
+    """Image files in `folder` -> (N, 3, S, S) uint8, squares of `size`, and the N names that can be read. The others
+    are counted, the first named. More than CACHE_ABOVE files are decoded once and memory-mapped."""
+    unreadable = {}
+    if not names:
+        raise BadInput(f"{folder}: no image below it (a file named {' '.join(IMG_EXTENSIONS)})")
+    if len(names) > CACHE_ABOVE:
+        array, unreadable = decode_once(folder, names, size, crop)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: the array is not writable. Nothing here writes to it
+            images = torch.from_numpy(array)
+    else:
+        images = torch.stack(list(decode(folder, names, size, crop, unreadable)))
+    if unreadable:
+        name, reason = min(unreadable.items())
+        print(f"skipped {len(unreadable)} of {len(names)} images, unreadable: first {folder / name} ({reason})",
+              file=sys.stderr)
+    return images, [name for name in names if name not in unreadable]
 
 
 def read_folder(folder, size=None):
-    """Every image below `folder` as RGB, fitted to `size`; unreadable ones are skipped, counted, the first named.
-    Subfolders train/ and test/, when both are there, are the splits. The first-level subfolders (of each) are the
-    classes when every image lies in one. Without a `size` all images must have the same."""
-    roots = [folder / "train", folder / "test"]
-    roots = roots if all(root.is_dir() for root in roots) else [folder]
-    files = [(file, root) for root in roots for file in sorted(root.rglob("*"))]
-    files = [(file, root) for file, root in files if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
-    images, classes, origins, unreadable = [], [], [], []
-    for file, root in files:
+    """Every image below `folder`. Subfolders train/ and test/, when both hold some, are the splits. The first-level
+    subfolders (of each) are the classes when every image lies in one. Without a `size` all must have the same."""
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+    names = [str(file.relative_to(folder)) for file in files]
+    train, test = ([name for name in names if Path(name).parts[0] == part] for part in ("train", "test"))
+    split = bool(train and test)
+    images, names = read_images(folder, train + test if split else shuffled(names), size)
+    parents = [Path(name).parts[int(split) : -1] for name in names]
+    classes = sorted({parent[0] for parent in parents if parent})
+    labels = torch.tensor([classes.index(parent[0]) for parent in parents]) if all(parents) else None
+    return images, labels, len(set(names) & set(test)) if split else 0
+
+
+def read_celeba(root, size=None):
+    """The centre 128 pixels of each face in `root`/celeba/img_align_celeba, as many as are there (torchvision downloads
+    them when none is), split by number as in the official partition. Its validation files are left out."""
+    folder = Path(root, "celeba", "img_align_celeba")
+    if not any(folder.glob("*.jpg")):
         try:
-            images.append(fit(TF.pil_to_tensor(default_loader(file)), size))
-            classes.append(file.relative_to(root).parts[0] if file.parent != root else "")
-            origins.append(root.name)
-        except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
-            unreadable.append(f"{file} ({error})")
-    if unreadable:
-        print(f"skipped {len(unreadable)} of {len(files)} images, unreadable: first {unreadable[0]}", file=sys.stderr)
-    if not images:
-        raise BadInput(f"{folder}: no readable image below it ({len(files)} files named {' '.join(IMG_EXTENSIONS)})")
-    if len(sides := {image.shape[-1] for image in images}) > 1:
-        raise BadInput(f"{folder}: images are {min(sides)} to {max(sides)} pixels wide; make them equal with --size")
-    names = sorted(set(classes))
-    labels = None if "" in names else torch.tensor([names.index(name) for name in classes])
-    return torch.stack(images), labels, origins.count("test") if len(roots) == 2 else 0
+            CelebA(root, download=True)
+        except Exception as error:  # no network, no gdown, the quota of the host, a broken archive
+            raise BadInput(f"celeba is not in {folder} and cannot be downloaded ({error}); unpack img_align_celeba.zip "
+                           f"from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in {folder.parent}") from None
+    names = sorted(file.name for file in folder.glob("*.jpg") if file.stem.isdecimal())
+    train, test = ([name for name in names if low < int(name[:-4]) <= high] for low, high in CELEBA_SPLITS)
+    images, names = read_images(folder, train + test if test else shuffled(train), size or 128, crop=128)
+    return images, None, len(set(names) & set(test))
 
 
 def load_data(dataset, root="data", size=None, validation=0):
-    """Load "shapes", "cifar10" (in or to `root`), a folder of images or an .npz -> (images, labels) to train, to test.
-    Images are (N, C, S, S) uint8 on the CPU, labels (N,) int64 or None. size: S, to resize to. A set without a test
-    split holds out a tenth, always the same. validation: so many of the last training images become the test split."""
+    """Load "shapes", "cifar10", "celeba" (in or to `root`), a folder of images or an .npz -> (images, labels) to train,
+    to test. Images are (N, C, S, S) uint8 on the CPU, a memory map when they are many files; labels (N,) int64 or None.
+    size: S, to resize to. A set without a test split holds out a tenth, always the same. validation: so many of the
+    last training images become the test split."""
     if dataset == "shapes":
         images, labels, test_count = make_shapes()
     elif dataset == "cifar10":
         images, labels, test_count = read_cifar10(root)
+    elif dataset == "celeba":
+        images, labels, test_count = read_celeba(root, size)
     elif Path(dataset).is_dir():
         images, labels, test_count = read_folder(Path(dataset), size)
     elif Path(dataset).is_file() and dataset.endswith(".npz"):
         images, labels, test_count = read_npz(dataset)
     else:
-        raise BadInput(f"--dataset {dataset}: expected shapes, cifar10, or a folder or an .npz that exists")
-    order = torch.arange(len(images))
-    if not test_count:
-        test_count = max(1, len(images) // 10)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:-test_count], order[-test_count:]
-    if validation >= len(train):
-        raise BadInput(f"{dataset}: {len(train)} training images are too few, --validation takes {validation} of them")
-    if validation:
-        train, test = train[:-validation], train[-validation:]
-    images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
-    return [(images[part], None if labels is None else labels[part]) for part in (train, test)]
+        raise BadInput(f"--dataset {dataset}: expected shapes, cifar10, celeba, or a folder or an .npz that exists")
+    train_count = len(images) - (test_count or max(1, len(images) // 10))
+    if validation >= train_count:
+        raise BadInput(f"{dataset}: {train_count} training images are too few, --validation takes {validation} of them")
+    side = size or min(images.shape[2:])
+    if images.shape[2:] != (side, side):
+        images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
+    cut = train_count - validation
+    ends = [slice(cut), slice(cut, train_count) if validation else slice(train_count, None)]
+    return [(images[part], None if labels is None else labels[part]) for part in ends]
 
 
 def as_float(images):
@@ -183,20 +301,23 @@ def generator_for(device, *key):
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def batches(images, batch_size, seed, start, stop):
-    """Yield (step, (B, C, H, W) float in [0, 1]) for start <= step < stop from (N, C, H, W) uint8, in random order.
-    The batch of a step depends on (seed, step) alone. What is left over at the end of an epoch is dropped."""
+def batches(images, batch_size, seed, start, stop, device=None):
+    """Yield (step, (B, C, H, W) float in [0, 1] on `device`) for start <= step < stop from (N, C, H, W) uint8, there or
+    elsewhere, in random order. The batch of a step depends on (seed, step) alone. What is left over at the end of an
+    epoch is dropped."""
+    device = device or images.device
     per_epoch, order = len(images) // batch_size, None
     for step in range(start, stop):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
-            generator = generator_for(images.device, seed, ORDER, epoch)
-            order = torch.randperm(len(images), generator=generator, device=images.device)
-        yield step, as_float(images[order[place * batch_size : (place + 1) * batch_size]])
+            generator = generator_for(device, seed, ORDER, epoch)
+            order = torch.randperm(len(images), generator=generator, device=device).to(images.device)
+        yield step, as_float(images[order[place * batch_size : (place + 1) * batch_size]].to(device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Transforms T: drawn once per image and step, applied identically to x and x_hat. Ideas and settings: the author's
+# 2. Transforms T: drawn once per image and step, applied identically to x and x_hat. Ideas and settings: the author's.
+# And the holes of masked mode, which are cut into the input alone
 
 TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
 DETAILS = ("blur", "colour", "edges", "residual", "contrast")  # what "stack" is a stack of
@@ -293,6 +414,28 @@ def apply_transform(name, draw, images):
     return detail(name, images) if name in DETAILS else images * draw
 
 
+def draw_holes(shape, generator, ratio):
+    """Draw a square hole for each image of `shape` (B, C, S, S) -> (B, 3) int64 (top, left, side), in whole pixels.
+    The side is round(sqrt(ratio) * S), from 1 to S - 1, the place uniform."""
+    side = min(max(1, round(ratio**0.5 * shape[2])), shape[2] - 1)
+    uniform = torch.rand(shape[0], 2, device=generator.device, generator=generator)
+    corner = (uniform * (shape[2] - side + 1)).long().clamp(max=shape[2] - side)  # the product can round up
+    return F.pad(corner, (0, 1), value=side)
+
+
+def hole_mask(holes, size):
+    """Holes (B, 3) in images of that side -> (B, 1, size, size) float, 1 in the hole and 0 outside."""
+    place = torch.arange(size, device=holes.device)
+    start, side = holes[:, :2, None], holes[:, 2, None, None]
+    y, x = ((start <= place) & (place < start + side)).float().unbind(dim=1)  # (B, size) each
+    return (y[:, :, None] * x[:, None, :])[:, None]
+
+
+def cut_holes(images, holes):
+    """Fill the holes (B, 3) of images (B, C, S, S) with each image's own mean, per channel, as the author does."""
+    return images.lerp(images.mean(dim=(2, 3), keepdim=True), hole_mask(holes, images.shape[3]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Model: the author's network
 
@@ -325,39 +468,50 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 1 or 3, H, W) in [0, 1] -> features (B, C, H/8, W/8), and the activations after the stem and the first Down.
-    This is also the judge. The norm of the code is not in here: transformed views must not move its statistics."""
+    """(B, 1 or 3, H, W) in [0, 1] -> features (B, C, H/8, W/8), or (B, n, 1, 1) for a latent_dim of n; and the
+    activations after the stem and the first Down. This is also the judge. The norm of the code is not in here:
+    transformed views must not move its statistics."""
 
-    def __init__(self, channels, width, latent_channels):
+    def __init__(self, channels, width, latent_channels, latent_dim=None, size=None):
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 4, stride=2, padding=1)
         self.down1 = Down(width, 2 * width)
         self.down2 = Down(2 * width, latent_channels)
+        self.head = nn.Identity()
+        if latent_dim:
+            flat = nn.Linear(latent_channels * (size // 8) ** 2, latent_dim)
+            self.head = nn.Sequential(nn.Flatten(), flat, nn.Unflatten(1, (latent_dim, 1, 1)))
 
     def forward(self, images):
         stem = F.silu(self.stem(images))  # (B, w, H/2, W/2)
         middle = self.down1(stem)  # (B, 2w, H/4, W/4)
-        return self.down2(middle), (stem, middle)
+        return self.head(self.down2(middle)), (stem, middle)
 
 
 class Autoencoder(nn.Module):
     """Encoder, norm of the code, decoder, for images (B, channels, H, W) in [0, 1] of any sides divisible by 8.
-    width: w, channels after the stem. latent_channels: C of the code (B, C, H/8, W/8), must divide 8w.
+    width: w, channels after the stem. latent_channels: C of the code (B, C, H/8, W/8), must divide 8w. latent_dim: n,
+    for a global code instead, (B, n, 1, 1), of images of side `size` alone; the author sets C = w there.
     forward: images -> their reconstructions, the same shape and range."""
 
-    def __init__(self, channels=3, width=64, latent_channels=8):
+    def __init__(self, channels=3, width=64, latent_channels=8, latent_dim=None, size=None):
         super().__init__()
-        self.encoder = Encoder(channels, width, latent_channels)
-        self.norm = nn.BatchNorm2d(latent_channels, affine=False)  # an affine part would work against SIGReg
-        ups = Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)
-        self.decoder = nn.Sequential(*ups, nn.Conv2d(width, channels, 3, padding=1))
+        self.encoder = Encoder(channels, width, latent_channels, latent_dim, size)
+        self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False)  # affine would work against SIGReg
+        layers = [Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)]
+        layers.append(nn.Conv2d(width, channels, 3, padding=1))
+        if latent_dim:
+            spatial = nn.Unflatten(1, (latent_channels, size // 8, size // 8))
+            flat = nn.Linear(latent_dim, latent_channels * (size // 8) ** 2)
+            layers = [nn.Flatten(), flat, spatial, nn.SiLU(), *layers]
+        self.decoder = nn.Sequential(*layers)
 
     def encode(self, images):
-        """Images -> code (B, C, H/8, W/8) float32, near mean 0 and deviation 1 per channel."""
+        """Images -> code (B, C, H/8, W/8) or (B, n, 1, 1) float32, near mean 0 and deviation 1 per channel."""
         return self.norm(self.encoder(images)[0].float())
 
     def decode(self, z):
-        """Code (B, C, h, w) -> images (B, channels, 8h, 8w) in [0, 1], float32 under autocast too."""
+        """Code (B, C, h, w) or (B, n, 1, 1) -> images (B, channels, H, W) in [0, 1], float32 under autocast too."""
         return self.decoder(z).float().sigmoid()
 
     def forward(self, images):
@@ -425,36 +579,50 @@ def layer_distance(targets, seen):
     return sum((s - t).square().mean() / (t.var(correction=0) + 1e-4) for t, s in pairs)
 
 
-def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
+def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0, holed=None):
     """The self-teaching objective for images (B, channels, H, W) in [0, 1] -> loss (scalar), its terms by name.
     views: from draw_views. slices: (C, M) from draw_slices. judge: from judge_weights; if it requires gradient (live),
     it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: for the inner activations.
-    """
+    holed: the images with holes (cut_holes), for the masked objective: the reconstructions from both inputs shall look
+    like `images`, and like each other. The author calls it leAutoencoder."""
 
     def look(images):
         return torch.func.functional_call(model.encoder, judge, images)
 
-    z = model.encode(images)  # (B, C, h, w)
-    x_hat = model.decode(z)  # (B, channels, H, W)
     live = any(weight.requires_grad for weight in judge.values())
-    codes, distance, layers = [z], 0.0, 0.0
-    for share, name, draw in views:
-        with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
-            target, target_layers = look(apply_transform(name, draw, images))
-        seen, seen_layers = look(apply_transform(name, draw, x_hat))
-        distance = distance + share * code_distance(target, seen)
-        if layer_weight:
-            layers = layers + share * layer_distance(target_layers, seen_layers)
-        if live:  # normalised by their own batch: the running statistics belong to full images
-            codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
-    gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
-    loss = distance + layer_weight * layers + sigreg_weight * gaussian
-    return loss, {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
+    with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
+        targets = [look(apply_transform(name, draw, images)) for _, name, draw in views]
+
+    def branch(inputs):
+        z = model.encode(inputs)  # (B, C, h, w)
+        x_hat = model.decode(z)  # (B, channels, H, W)
+        codes, distance, layers = [z], 0.0, 0.0
+        for (share, name, draw), (target, target_layers) in zip(views, targets):
+            seen, seen_layers = look(apply_transform(name, draw, x_hat))
+            distance = distance + share * code_distance(target, seen)
+            if layer_weight:
+                layers = layers + share * layer_distance(target_layers, seen_layers)
+            if live:  # normalised by their own batch: the running statistics belong to full images
+                codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
+        gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
+        terms = {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
+        return x_hat, distance + layer_weight * layers, sigreg_weight * gaussian, terms
+
+    x_hat, distance, gaussian, terms = branch(images)
+    if holed is None:
+        return distance + gaussian, terms
+    x_holed, distance_holed, gaussian_holed, terms_holed = branch(holed)
+    agreement = code_distance(look(x_hat)[0], look(x_holed)[0])  # untransformed; gradient flows into both sides
+    terms = {f"{name}_clean": value for name, value in terms.items()}
+    terms |= {f"{name}_masked": value for name, value in terms_holed.items()}
+    loss = (agreement + distance + distance_holed) / 3 + (gaussian + gaussian_holed) / 2
+    return loss, {"agreement": agreement} | terms
 
 
-def mse_loss(model, images):
-    """The baseline: mean over batch, channels and pixels of (D(E(x)) - x)^2 -> loss (scalar), its terms by name."""
-    loss = (model(images) - images).square().mean()
+def mse_loss(model, images, holed=None):
+    """The baseline: mean over batch, channels and pixels of (D(E(x)) - x)^2 -> loss (scalar), its terms by name.
+    holed: the images with holes; they are then the input, `images` the target."""
+    loss = (model(images if holed is None else holed) - images).square().mean()
     return loss, {"mse": loss}
 
 
@@ -488,14 +656,22 @@ def ssim(x, y):
     return score.unflatten(0, (-1, channels)).mean(dim=(1, 2, 3, 4))
 
 
-def variation(images):
-    """Sum of absolute horizontal and vertical differences, (B, C, H, W) -> (B,). Sharpness is a ratio of two."""
-    return sum(images.diff(dim=dim).abs().flatten(1).sum(dim=1) for dim in (2, 3))
+def variation(images, inside=None):
+    """Sum of absolute horizontal and vertical differences, (B, C, H, W) -> (B,). Sharpness is a ratio of two.
+    inside: (B, 1, H, W), 1 for the pixels that count; a difference counts when both of its pixels do."""
+    inside = torch.ones_like(images[:, :1]) if inside is None else inside
+    counts = [(dim, inside.unfold(dim, 2, 1).amin(dim=-1)) for dim in (2, 3)]
+    return sum((images.diff(dim=dim).abs() * count).flatten(1).sum(dim=1) for dim, count in counts)
 
 
-def pca_psnr(train, test, dimensions):
+def sample_of(images, device):
+    """Evenly spaced images, as floats on `device` (n, C, H, W), at most 2 GB of them."""
+    return as_float(images[:: 1 + images.numel() // 2**29].to(device))
+
+
+def pca_psnr(train, test, dimensions, device="cpu"):
     """PSNR on `test` of the best linear code of that many numbers, fitted on `train`: both (N, C, H, W) uint8 -> dB."""
-    flat = as_float(train[:: 1 + train.numel() // 2**29]).flatten(1)  # (N, C*H*W), at most 2 GB
+    flat = sample_of(train, device).flatten(1)  # (N, C*H*W)
     mean = flat.mean(dim=0)
     if len(mean) <= 4096:
         basis = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -dimensions:]
@@ -503,7 +679,7 @@ def pca_psnr(train, test, dimensions):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             basis = torch.svd_lowrank(flat - mean, q=min(dimensions + 16, *flat.shape), niter=4)[2][:, :dimensions]
-    rest = (as_float(part).flatten(1) - mean for part in test.split(1000))
+    rest = (as_float(part.to(device)).flatten(1) - mean for part in test.split(1000))
     return psnr(sum((x - x @ basis @ basis.T).square().sum().item() for x in rest) / test.numel())
 
 
@@ -516,6 +692,12 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "sharpness": "sum of pixel differences, reconstructions over originals",
     "sigreg": "SIGReg of the codes in groups of 128, 1.05 for a Gaussian",
     "min_std": "deviation of the code's weakest channel, near 0 on collapse",
+    "masked_psnr": "dB, reconstructions of images with a hole (--masked)",
+    "hole_psnr": "dB, the same inside the holes",
+    "visible_psnr": "dB, the same outside the holes",
+    "hole_floor_psnr": "dB, holes filled with the mean training image",
+    "hole_sharpness": "sharpness inside the holes",
+    "masked_ssim": "structural similarity, reconstructions of images with a hole",
     "pca_psnr": "dB, of the best linear code of the same size",
     "code_size": "numbers per image",
     "parameters": "weights of encoder and decoder",
@@ -526,38 +708,79 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
 
 
 @torch.no_grad()
-def evaluate(model, train, test, batch_size=250):
+def evaluate(model, train, test, hole=None, batch_size=250):
     """Measure a model on a whole split -> the keys of EXPLAIN up to "parameters". Leaves the model in eval mode.
-    train, test: (N, C, H, W) uint8 on the model's device; train serves the PCA floor alone."""
+    train, test: (N, C, H, W) uint8, here or elsewhere; train serves the PCA floor and the mean image alone.
+    hole: of which share of the area, for the keys that speak of holes too."""
     model.eval()
+    device = next(model.parameters()).device
     rows, codes = [], []
-    for x in map(as_float, test.split(batch_size)):
+    for images in test.split(batch_size):
+        x = as_float(images.to(device))
         codes.append(model.encode(x))
         x_hat = model.decode(codes[-1])
         squares = [error.square().mean(dim=(1, 2, 3)) for error in (x_hat - x, *luma_chroma(x_hat - x))]
         rows.append(torch.stack([*squares, ssim(x, x_hat), variation(x_hat), variation(x)], dim=1))  # (B, 6)
     mse, luma, chroma, similarity, sharp, sharp_original = torch.cat(rows).double().mean(dim=0).tolist()
     codes = torch.cat(codes)  # (N, C, h, w)
-    slices = draw_slices(codes.shape[1], 256, generator_for(codes.device, 0))
+    slices = draw_slices(codes.shape[1], 256, generator_for(device, 0))
     groups = codes.split(128)[: max(1, len(codes) // 128)]
-    return {
+    results = {
         "psnr": psnr(mse), "psnr_luma": psnr(luma), "psnr_chroma": psnr(chroma), "mse": mse, "ssim": similarity,
         "sharpness": sharp / max(sharp_original, 1e-9),
         "sigreg": sum(sigreg(group, slices).item() for group in groups) / len(groups),
         "min_std": codes.std(dim=0, correction=0).mean(dim=(1, 2)).min().item(),
-        "pca_psnr": pca_psnr(train, test, codes[0].numel()),
+        "pca_psnr": pca_psnr(train, test, codes[0].numel(), device),
         "code_size": codes[0].numel(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
     }
+    return results | (evaluate_holes(model, train, test, hole, batch_size) if hole else {})
+
+
+def fixed_holes(images, hole):
+    """The holes of test images, (N, 3): the same for every model and on every device."""
+    return draw_holes(images.shape, generator_for("cpu", 0), hole)
+
+
+def evaluate_holes(model, train, test, hole, batch_size):
+    """What `evaluate` adds when the input has a hole."""
+    device = next(model.parameters()).device
+    mean_image, rows = sample_of(train, device).mean(dim=0), []
+    for images, holes in zip(test.split(batch_size), fixed_holes(test, hole).split(batch_size)):
+        x, holes = as_float(images.to(device)), holes.to(device)
+        x_hat, inside = model(cut_holes(x, holes)), hole_mask(holes, x.shape[3])
+        square, floor = (x_hat - x).square(), (mean_image - x).square()
+        means = [part.mean(dim=(1, 2, 3)) for part in (square, square * inside, floor * inside, inside)]
+        sharpness = variation(x_hat, inside), variation(x, inside)
+        rows.append(torch.stack([*means, *sharpness, ssim(x, x_hat)], dim=1))  # (B, 7)
+    mse, mse_inside, floor, area, sharp, sharp_original, similarity = torch.cat(rows).double().mean(dim=0).tolist()
+    return {
+        "masked_psnr": psnr(mse), "hole_psnr": psnr(mse_inside / area), "hole_floor_psnr": psnr(floor / area),
+        "visible_psnr": psnr((mse - mse_inside) / (1 - area)), "masked_ssim": similarity,
+        "hole_sharpness": sharp / max(sharp_original, 1e-9),
+    }
+
+
+@torch.no_grad()
+def pictures(models, images, hole=None):
+    """Rows for save_rows: 16 test images (of (N, C, H, W) uint8), then what each model makes of them. With a hole: the
+    images, the images with holes, then what each model makes of the holed ones and of the whole ones."""
+    x = as_float(images[:16].to(next(models[0].parameters()).device))
+    inputs = [x]
+    if hole:
+        inputs = [cut_holes(x, fixed_holes(images, hole)[:16].to(x.device)), x]
+    return [x, *inputs[:-1], *(model(batch) for model in models for batch in inputs)]
 
 
 def report(results, path):
     """Print the table, and write it to `path` as JSON; what has no finite value is null there and a dash on screen."""
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}
     for name, meaning in EXPLAIN.items():
+        if name not in results:
+            continue
         value = results[name]
         text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-        print(f"{name:18}{text:>9}  {meaning}")
+        print(f"{name:18}{text:>10}  {meaning}")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
 
@@ -583,19 +806,22 @@ def learning_rate(step, steps, peak):
 
 def training_loss(model, images, generator, kept, config):
     """Make the step's draws and call the objective that config names -> loss, terms. kept: as in judge_weights."""
+    holed = None
+    if config.masked:  # first, so that mse and stae see the same holes
+        holed = cut_holes(images, draw_holes(images.shape, generator, config.hole))
     if config.objective == "mse":
-        return mse_loss(model, images)
+        return mse_loss(model, images, holed)
     views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
-    slices = draw_slices(config.latent_channels, config.slices, generator)
+    slices = draw_slices(config.latent_dim or config.latent_channels, config.slices, generator)
     judge = judge_weights(model.encoder, config.judge, kept)
-    return stae_loss(model, images, views, slices, judge, config.sigreg_weight, config.judge_layers)
+    return stae_loss(model, images, views, slices, judge, config.sigreg_weight, config.judge_layers, holed)
 
 
 def train(model, images, steps, config, log_path):
-    """Train on (N, C, H, W) uint8 on the model's device -> kept weights of the judge (ema, random) or None, seconds.
+    """Train on (N, C, H, W) uint8, here or elsewhere -> kept weights of the judge (ema, random) or None, seconds.
     config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
     FloatingPointError when one is not finite."""
-    device = images.device
+    device = next(model.parameters()).device
     every = min(50, max(1, steps // 20))  # between rows the terms stay on the device: reading one waits for it
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     kept = None
@@ -604,7 +830,7 @@ def train(model, images, steps, config, log_path):
     sums, logged, begun = 0.0, 0, time.perf_counter()
     model.train()
     with open(log_path, "w") as log:
-        for step, x in batches(images, config.batch_size, config.seed, 0, steps):
+        for step, x in batches(images, config.batch_size, config.seed, 0, steps, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = training_loss(model, x, generator_for(device, config.seed, DRAWS, step), kept, config)
             optimizer.zero_grad()
@@ -633,16 +859,17 @@ def train(model, images, steps, config, log_path):
 
 
 def show(row, steps, before):
-    """Print a row of the log: a line that rewrites itself on a terminal, elsewhere a line for each tenth of the run."""
-    step, terminal = row["step"], sys.stdout.isatty()
-    left = row["seconds"] * (steps / step - 1)
-    terms = [f"{name} {row[name]:.4f}" for name in row if name in ("loss", "distance", "layers", "sigreg", "mse")]
-    text = "  ".join([f"step {step}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left", *terms])
-    if terminal:
-        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
-        print(f"\r\033[K{text}", end="\n" if step == steps else "", flush=True)
-    elif step == steps or step * 10 // steps > before * 10 // steps:
-        print(text, flush=True)
+    """Show the progress of a row of the log, of `steps`; `before`: the step of the row before."""
+    left = row["seconds"] * (steps / row["step"] - 1)
+    other = ("step", "gradient_norm", "lr", "seconds", "images_per_second")
+    terms = [f"{name} {value:.4f}" for name, value in row.items() if name not in other]
+    text = f"step {row['step']}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"
+    progress("  ".join([text, *terms]), row["step"], steps, before)
+
+
+def make_model(config):
+    """The Autoencoder that a resolved configuration names."""
+    return Autoencoder(config.channels, config.width, config.latent_channels, config.latent_dim, config.size)
 
 
 def save_checkpoint(path, model, kept, config, results):
@@ -659,9 +886,9 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, results = checkpoint["config"], checkpoint["results"]
-        model = Autoencoder(config["channels"], config["width"], config["latent_channels"])
+        model = make_model(argparse.Namespace(**config))
         model.load_state_dict(checkpoint["model"])
-        config["dataset"], config["size"], config["validation"], results["seed"]  # a foreign file may lack them
+        config["dataset"], config["validation"], config["hole"], results["seed"]  # a foreign file may lack them
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise BadInput(f"{path}: not a checkpoint of stae.py ({type(error).__name__})") from None
     return model.eval(), config, results
@@ -675,15 +902,15 @@ def load_model(path, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Command line
 
-PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of faces above
+PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of celeba above
     "shapes": dict(transform="pixel", width=32, latent_channels=8, epochs=20, lr=1e-2),
     "cifar10": dict(transform="crop", width=64, latent_channels=8, epochs=15, lr=3e-3),
-    "faces": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
+    "celeba": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
 }
 DEFAULTS = dict(  # of all sets; None is filled in by the images
     dataset="shapes", size=None, channels=None, validation=0, objective="stae", judge="frozen", crop=[0.25, 1.0],
-    views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, batch_size=128, seed=0, device="auto",
-    precision="auto",
+    views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
+    batch_size=128, seed=0, device="auto", precision="auto",
 )
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
 
@@ -719,14 +946,17 @@ def build_parser():
     count = number(int, "an integer from 1 to 1,000,000", lambda n: 1 <= n <= 10**6)
     natural = number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
     share = number(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    part = number(float, "a number in (0, 1)", lambda v: 0 < v < 1)
     weight = number(float, "a number from 0", lambda v: 0 <= v < math.inf)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", type=text, metavar="SET", help="shapes, cifar10, a folder of images, or an .npz (default: shapes)")
-    add("--data", type=text, metavar="DIR", help="where cifar10 is found or downloaded to (default: data)")
-    add("--size", type=side, help="side in pixels to resize to, after a square crop (default: as is)")
+    add("--dataset", type=text, metavar="SET", help="shapes (default), cifar10, celeba, a folder of images, an .npz")
+    add("--data", type=text, metavar="DIR", help="where cifar10 and celeba are found or downloaded to (default: data)")
+    add("--size", type=side, help="side in pixels to resize to, after a square crop (default: as is, celeba 128)")
     add("--validation", type=natural, metavar="N", help="test on the last N training images instead")
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", choices=("stae", "mse"), help="mse, the baseline, ignores this group (default: stae)")
+    add("--objective", choices=("stae", "mse"), help="mse, the baseline, takes of this group --masked (default: stae)")
+    add("--masked", action="store_true", default=None, help="reconstruct from images with a square hole as well")
+    add("--hole", type=part, metavar="RATIO", help="of the image's area that the hole takes (default: 0.35)")
     add("--transform", choices=TRANSFORMS, help="T, applied to both images (default: pixel for shapes, crop otherwise)")
     add("--judge", choices=JUDGES, help="encoder held for a step, trained, averaged, as initialised (default: frozen)")
     add("--crop", type=share, nargs=2, metavar=("MIN", "MAX"), help="share of the side, log-uniform (default: 0.25 1)")
@@ -738,6 +968,7 @@ def build_parser():
     add = parser.add_argument_group("model and training").add_argument
     add("--width", type=width, help="channels after the stem (default: shapes 32, up to 64 pixels 64, else 128)")
     add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8 up to 64 pixels, else 32)")
+    add("--latent-dim", type=count, metavar="N", help="a code of N numbers, not spatial (default: celeba --masked 128)")
     add("--epochs", type=count, help="passes over the images (default: shapes 20, up to 64 pixels 15, else 50)")
     add("--batch-size", type=batch, help="images per step (default: 128)")
     add("--lr", type=share, help="peak, of AdamW (default: shapes 0.01, up to 64 pixels 0.003, else 0.001)")
@@ -773,6 +1004,10 @@ def pick_precision(name, device):
 
 def check_flags(given):
     """Refuse what cannot work before any data is read or folder made."""
+    if "latent_dim" in given and "latent_channels" in given:
+        raise BadInput("--latent-dim and --latent-channels: pass one; before a global code there are --width channels")
+    if "hole" in given and not given.keys() & {"masked", "eval", "compare"}:
+        raise BadInput(f"--hole {given['hole']}: add --masked, or leave it out")
     low, high = given.get("crop", (0, 1))
     if low > high:
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
@@ -791,9 +1026,12 @@ def check_flags(given):
 def check_sizes(config, count):
     """Refuse a network or a batch that does not fit the `count` training images."""
     latent, most, good = config.latent_channels, 64 * config.channels, max(16, config.size // 8 * 8)
+    most_dim = config.channels * config.size**2
     if config.size != good:
         raise BadInput(f"images of {config.size} pixels: the side must be divisible by 8, from 16; pass --size {good}")
-    if latent > most or 8 * config.width % latent:
+    if config.latent_dim and config.latent_dim > most_dim:
+        raise BadInput(f"--latent-dim {config.latent_dim}: larger than the image; pass {most_dim} or less")
+    if not config.latent_dim and (latent > most or 8 * config.width % latent):
         raise BadInput(f"--latent-channels {latent}: must divide 8 * --width = {8 * config.width}; above {most} the "
                        "code is larger than the image")
     if config.batch_size > count:
@@ -809,12 +1047,15 @@ def free_path(folder, name, suffix=""):
 
 
 def load_images(config, given, device):
-    """The images of a run to train and to test on, on the device; of the channels that config names, when it does."""
+    """The images of a run to train and to test on; of the channels that config names, when it does. On the device when
+    they take at most half of its free memory, else a batch at a time goes there."""
     splits = load_data(config.dataset, given.get("data", "data"), config.size, config.validation)
-    images, test_images = (images.to(device) for images, _ in splits)
+    images, test_images = (images for images, _ in splits)
     if config.channels not in (None, images.shape[1]):
         raise BadInput(f"--dataset {config.dataset} has {images.shape[1]} channels, the checkpoint {config.channels}")
-    return images, test_images
+    if device.type == "cuda" and images.nbytes + test_images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images, test_images
+    return images.to(device), test_images.to(device)
 
 
 def train_command(given):
@@ -824,8 +1065,12 @@ def train_command(given):
     config.device, config.precision = str(device), pick_precision(config.precision, device)
     images, test_images = load_images(config, given, device)
     config.channels, config.size = images.shape[1:3]
-    row = config.dataset if config.dataset in ("shapes", "cifar10") else "cifar10" if config.size <= 64 else "faces"
+    row = config.dataset if config.dataset in PRESETS else "cifar10" if config.size <= 64 else "celeba"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
+    if config.dataset == "celeba" and config.masked and "latent_channels" not in given:
+        config.latent_dim = config.latent_dim or 128
+    if config.latent_dim:
+        config.latent_channels = config.width
     check_sizes(config, len(images))
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
@@ -835,9 +1080,9 @@ def train_command(given):
         print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
 
     torch.manual_seed(config.seed)
-    model = Autoencoder(config.channels, config.width, config.latent_channels)
-    model = model.to(device, memory_format=torch.channels_last)
-    run = f"{Path(config.dataset).resolve().stem}-{config.objective}-{config.transform}-{config.judge}-s{config.seed}"
+    model = make_model(config).to(device, memory_format=torch.channels_last)
+    parts = [Path(config.dataset).resolve().stem, *["masked"] * config.masked, config.objective, config.transform]
+    run = "-".join([*parts, config.judge, f"s{config.seed}"])
     folder = given.get("out") or free_path(Path("runs"), run)
     folder.mkdir(parents=True, exist_ok="out" in given)
     for old in RUN_FILES:
@@ -846,19 +1091,19 @@ def train_command(given):
     speed = round(steps * config.batch_size / seconds, 1)
     results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
     save_checkpoint(folder / "checkpoint.pt", model, kept, config, results)
-    report(evaluate(model, images, test_images) | results, folder / "metrics.json")
-    with torch.no_grad():
-        x, x_hat = as_float(test_images[:16]), model(as_float(test_images[:16]))
+    hole = config.hole if config.masked else None
+    report(evaluate(model, images, test_images, hole) | results, folder / "metrics.json")
+    save_rows(folder / "reconstructions.png", pictures([model], test_images, hole))
+    x, x_hat = pictures([model], test_images)
     views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
     seen = [apply_transform(name, draw, batch) for _, name, draw in views for batch in (x, x_hat)]
     save_rows(folder / "transforms.png", [x, *seen])
-    save_rows(folder / "reconstructions.png", [x, x_hat])
 
 
 def stored_run(path, given):
-    """A checkpoint for --eval or --compare -> model, config, results; the data may be named anew, nothing else."""
+    """A checkpoint for --eval or --compare -> model, config, results; data and hole may be named anew, nothing else."""
     model, stored, results = load_checkpoint(path)
-    for name in given.keys() & stored.keys() - {"dataset", "validation", "device", "precision"}:
+    for name in given.keys() & stored.keys() - {"dataset", "validation", "device", "precision", "hole"}:
         if given[name] != stored[name]:
             flag = name.replace("_", "-")
             raise BadInput(f"--{flag} {given[name]}: {path} was trained with {stored[name]}; leave the flag out")
@@ -875,27 +1120,31 @@ def eval_command(given):
     device = pick_device(given.get("device", "auto"))
     images, test_images = load_images(config, given, device)
     folder = given.get("out") or (config.eval if config.eval.is_dir() else config.eval.parent)
-    results = evaluate(model.to(device), images, test_images) | results
+    hole = config.hole if config.masked or "hole" in given else None
+    results = evaluate(model.to(device), images, test_images, hole) | results
     folder.mkdir(parents=True, exist_ok=True)
     path = free_path(folder, f"eval-{Path(config.dataset).resolve().stem}", ".json")
     report(results, path)
-    with torch.no_grad():
-        save_rows(path.with_suffix(".png"), [as_float(test_images[:16]), model(as_float(test_images[:16]))])
+    save_rows(path.with_suffix(".png"), pictures([model], test_images, hole))
 
 
 def compare_command(given):
-    """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder."""
-    runs = [stored_run(path, given) for path in given["compare"]]
-    sets = {(config.dataset, config.size, config.channels, config.validation) for _, config, _ in runs}
+    """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder. When
+    one of the runs is masked, all are shown holes (the first such run's, or --hole) as well."""
+    models, configs, _ = zip(*(stored_run(path, given) for path in given["compare"]))
+    sets = {(config.dataset, config.size, config.channels, config.validation) for config in configs}
     if len(sets) > 1:
         raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
-    x = as_float(load_images(runs[0][1], given, "cpu")[1][:16])
+    test_images = load_images(configs[0], given, torch.device("cpu"))[1]
+    hole = next((config.hole for config in configs if config.masked or "hole" in given), None)
     folder = given.get("out", Path("."))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "comparison.png" if "overwrite" in given else free_path(folder, "comparison", ".png")
-    with torch.no_grad():
-        save_rows(path, [x, *(model(x) for model, _, _ in runs)])
-    print(f"written to {path}; rows from the top: originals, {', '.join(map(str, given['compare']))}")
+    save_rows(path, pictures(models, test_images, hole))
+    rows = ["originals", *["originals with holes"] * bool(hole)]
+    for run in map(str, given["compare"]):
+        rows += [f"{run} from holes", f"{run} from originals"] if hole else [run]
+    print(f"written to {path}; rows from the top: {', '.join(rows)}")
 
 
 def main(argv=None):

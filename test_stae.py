@@ -138,8 +138,11 @@ def test_folder_of_many_formats(tmp_path, capsys):
     pixels = write_folder(tmp_path)
     images, labels, tests = stae.read_folder(tmp_path)
     assert images.shape == (9, 3, 16, 16) and tests == 0
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]  # a subfolder of a class belongs to the class
-    assert torch.equal(images[0], torch.from_numpy(pixels).permute(2, 0, 1))
+    broken = {"cats/zero.png", "dogs/text.jpg", "dogs/truncated.png"}
+    names = [str(file.relative_to(tmp_path)) for file in sorted(tmp_path.rglob("*.*")) if file.suffix != ".txt"]
+    names = [name for name in stae.shuffled(names) if name not in broken]
+    assert labels.tolist() == [int(name.startswith("dogs")) for name in names]  # a subfolder of a class belongs to it
+    assert torch.equal(images[names.index("cats/a.png")], torch.from_numpy(pixels).permute(2, 0, 1))
     said = capsys.readouterr().err
     assert "skipped 3 of 12" in said and str(tmp_path / "cats" / "zero.png") in said
     (tmp_path / "loose.png").write_bytes((tmp_path / "cats/a.png").read_bytes())
@@ -154,6 +157,140 @@ def test_folder_with_train_and_test(tmp_path):
     (train, labels), (test, test_labels) = stae.load_data(str(tmp_path))
     assert train[:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22] and labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert test[:, 0, 0, 0].tolist() == [30, 31, 32] and test_labels.tolist() == [1, 1, 1]
+
+
+def write_faces(root, numbers=(1, 2, 162_770, 162_771, 182_637, 182_638, 202_599), height=218, width=178):
+    """CelebA's layout and file names; the grey of a face is its place in `numbers`."""
+    folder = root / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for i, number in enumerate(numbers):
+        picture = np.full((height, width, 3), 255, np.uint8)
+        top, left = (height - 128) // 2, (width - 128) // 2
+        picture[top : top + 128, left : left + 128] = 10 * i  # white outside of the centre square
+        to_pil_image(picture).save(folder / f"{number:06}.png")
+        (folder / f"{number:06}.png").rename(folder / f"{number:06}.jpg")  # a PNG by content: exact pixels
+    return folder
+
+
+def test_celeba_is_cropped_and_split_by_number(tmp_path):
+    folder = write_faces(tmp_path)
+    (folder / "notes.jpg").write_text("not a number")
+    (train, labels), (test, _) = stae.load_data("celeba", tmp_path)
+    assert train.shape == (3, 3, 128, 128) and test.shape == (2, 3, 128, 128) and labels is None
+    assert [sorted(image.unique().tolist()) for image in train] == [[0], [10], [20]]  # 162,770 is the last to train
+    assert [sorted(image.unique().tolist()) for image in test] == [[50], [60]]  # 182,638 is the first to test
+    (train, _), (test, _) = stae.load_data("celeba", tmp_path, size=64, validation=1)
+    assert train.shape == (2, 3, 64, 64) and test.unique().tolist() == [20]
+
+
+def test_celeba_without_test_faces_holds_out_a_tenth(tmp_path):
+    write_faces(tmp_path, numbers=range(1, 21))
+    (train, _), (test, _) = stae.load_data("celeba", tmp_path, size=16)
+    greys = train[:, 0, 0, 0].tolist() + test[:, 0, 0, 0].tolist()
+    assert len(test) == 2 and sorted(greys) == [10 * i for i in range(20)] and greys != sorted(greys)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A folder of 12 images, of which two cannot be read, that counts as large; and a list of the files decoded."""
+    folder, decoded, loader = tmp_path / "photos", [], stae.default_loader
+    folder.mkdir()
+    for i in range(12):
+        save_image(torch.full((3, 24, 24), i / 255), folder / f"{i:02}.png")
+    (folder / "03.png").write_bytes(b""), (folder / "07.png").write_text("text")
+
+    def counting(path):
+        decoded.append(path.name)
+        return loader(path)
+
+    monkeypatch.setattr(stae, "default_loader", counting)
+    monkeypatch.setattr(stae, "CACHE_ABOVE", 5)
+    return folder, decoded
+
+
+def greys(folder, size=16):
+    return [images[:, 0, 0, 0].tolist() for images, _ in stae.load_data(str(folder), size=size)]
+
+
+def test_many_images_are_decoded_once(cached, capsys, monkeypatch):
+    folder, decoded = cached
+    first = greys(folder)
+    assert sorted(first[0] + first[1]) == [i for i in range(12) if i not in (3, 7)] and len(decoded) == 12
+    assert f"skipped 2 of 12 images, unreadable: first {folder / '03.png'}" in capsys.readouterr().err
+    assert {p.name for p in folder.parent.iterdir()} == {"photos", "photos.stae-16.npy", "photos.stae-16.json"}
+    assert np.load(folder.parent / "photos.stae-16.npy").shape == (12, 3, 16, 16)
+    assert greys(folder) == first and len(decoded) == 12
+    assert "skipped 2 of 12" in capsys.readouterr().err
+    monkeypatch.chdir(folder.parent)
+    assert greys("photos") == first and len(decoded) == 12  # by another path
+    monkeypatch.setattr(stae, "CACHE_ABOVE", 100)
+    assert greys(folder) == first and len(decoded) == 24  # the same split and order without the cache
+
+
+@pytest.mark.parametrize("change", ["added", "changed", "gone", "size", "receipt", "array"])
+def test_a_stale_or_damaged_cache_is_made_anew(cached, change):
+    folder, decoded = cached
+    cache, receipt = folder.parent / "photos.stae-16.npy", folder.parent / "photos.stae-16.json"
+    before, size = sum(greys(folder), []), 16
+    if change == "added":
+        save_image(torch.full((3, 24, 24), 200 / 255), folder / "new.png")
+    elif change == "changed":
+        save_image(torch.full((3, 24, 24), 200 / 255), folder / "00.png")
+    elif change == "gone":
+        (folder / "00.png").unlink()
+    elif change == "size":
+        size = 8
+    elif change == "receipt":
+        receipt.write_text("{")
+    else:
+        cache.write_bytes(cache.read_bytes()[:-1000])
+    after = sum(greys(folder, size), [])
+    expected = set(before) | ({200} if change in ("added", "changed") else set())
+    assert set(after) == expected - ({0} if change in ("changed", "gone") else set())
+    assert len(decoded) == 24 + (change == "added") - (change == "gone")
+    assert sum(greys(folder, size), []) == after and len(decoded) < 26
+    assert np.load(folder.parent / f"photos.stae-{size}.npy").shape[0] == 12 + (change == "added") - (change == "gone")
+
+
+def test_an_interrupted_cache_is_made_anew(cached, monkeypatch):
+    folder, decoded = cached
+    counting = stae.default_loader
+
+    def interrupted(path):
+        if len(decoded) == 8:
+            raise KeyboardInterrupt
+        return counting(path)
+
+    monkeypatch.setattr(stae, "default_loader", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        greys(folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["photos"]
+    monkeypatch.setattr(stae, "default_loader", counting)
+    first = greys(folder)
+    assert len(first[0] + first[1]) == 10
+    (folder.parent / "photos.stae-16.json").unlink()  # killed between the array and its receipt
+    count = len(decoded)
+    assert greys(folder) == first and len(decoded) == count + 12
+
+
+def test_a_cache_that_cannot_be_written(cached, monkeypatch):
+    folder, _ = cached
+    monkeypatch.setattr(stae.os, "access", lambda *args: False)
+    with pytest.raises(stae.BadInput, match="photos.stae-16.npy"):
+        greys(folder)
+
+
+def test_decoding_shows_its_progress(cached, capsys):
+    greys(cached[0])
+    assert capsys.readouterr().out == "decoded 12 of 12 images\n"
+
+
+def test_mapped_and_resident_images_give_the_same_batches(cached):
+    images = stae.load_data(str(cached[0]), size=16)[0][0]
+    pairs = zip(stae.batches(images, 4, 0, 0, 5), stae.batches(images.clone(), 4, 0, 0, 5, torch.device("cpu")))
+    assert all(step == other_step and torch.equal(x, y) for (step, x), (other_step, y) in pairs)
+    model, test = tiny_model(), torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=generator())
+    assert stae.evaluate(model, images, test, 0.3) == stae.evaluate(model, images.clone(), test, 0.3)
 
 
 def write_cifar10(root, per_file=4):
@@ -266,6 +403,30 @@ def test_detail_filters_by_hand():
     torch.testing.assert_close(stae.detail("colour", red)[0, :, 5, 5], expected)
 
 
+@pytest.mark.parametrize("ratio", [1e-6, 0.1, 0.35, 0.9, 0.999])
+def test_holes_have_their_area_and_stay_inside(ratio):
+    holes = stae.draw_holes((500, 3, 24, 24), generator(), ratio)
+    side = min(max(1, round(24 * ratio**0.5)), 23)
+    assert (holes[:, 2] == side).all() and holes.min() >= 0 and (holes[:, :2] + side).max() == 24
+    inside = stae.hole_mask(holes, 24)
+    assert inside.shape == (500, 1, 24, 24) and (inside.sum(dim=(1, 2, 3)) == side**2).all()
+    for (top, left, _), mask in zip(holes[:50].tolist(), inside[:, 0]):
+        assert mask[top : top + side, left : left + side].all()
+    corners = holes[:, :2].float()
+    assert (corners.std(dim=0) > 0.2 * (24 - side)).all() and holes[:, 0].unique().numel() == 25 - side
+    assert torch.equal(holes, stae.draw_holes((500, 3, 24, 24), generator(), ratio))
+
+
+def test_holes_are_filled_with_the_mean_of_their_image():
+    images = torch.rand(5, 3, 16, 16, generator=generator())
+    holes = stae.draw_holes(images.shape, generator(), 0.35)
+    holed = stae.cut_holes(images, holes)
+    for image, cut, (top, left, side) in zip(images, holed, holes.tolist()):
+        expected = image.clone()
+        expected[:, top : top + side, left : left + side] = image.mean(dim=(1, 2)).view(3, 1, 1)
+        torch.testing.assert_close(cut, expected)
+
+
 def test_unknown_transform_is_named():
     with pytest.raises(ValueError, match="'wavelet'.*pixel"):
         stae.draw_views("wavelet", (1, 3, 16, 16), generator())
@@ -278,6 +439,21 @@ def test_parameter_counts_of_the_authors_network():
     count = lambda *sizes: sum(p.numel() for p in stae.Autoencoder(*sizes).parameters())
     assert count(3, 32, 8) == 135_027
     assert round(count(3, 128, 32) / 1e6, 2) == 2.13  # CelebA ordinary
+    assert round(count(3, 128, 128, 128, 128) / 1e6, 2) == 11.15  # masked, 128 numbers
+    assert round(count(3, 128, 128, 512, 128) / 1e6, 1) == 36.3  # masked, 512 numbers
+
+
+def test_global_code_is_flatten_and_linear_on_both_sides():
+    model = stae.Autoencoder(3, width=4, latent_channels=4, latent_dim=10, size=16)
+    x = torch.rand(5, 3, 16, 16)
+    features = model.encoder.down2(model.encoder.down1(F.silu(model.encoder.stem(x)))).flatten(1)  # (5, 16)
+    flat = features @ model.encoder.head[1].weight.T + model.encoder.head[1].bias
+    z = model.encode(x)
+    assert z.shape == (5, 10, 1, 1) and model(x).shape == x.shape
+    expected = (flat - flat.mean(dim=0)) / (flat.var(dim=0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(z.flatten(1), expected, atol=1e-5, rtol=1e-4)
+    spatial = F.silu(z.flatten(1) @ model.decoder[1].weight.T + model.decoder[1].bias).view(5, 4, 2, 2)
+    torch.testing.assert_close(model.decode(z), model.decoder[4:](spatial).sigmoid())
 
 
 @pytest.mark.parametrize("channels, height, width", [(3, 32, 32), (1, 16, 40)])
@@ -462,6 +638,58 @@ def test_live_judge_in_plain_autograd():
         torch.testing.assert_close(gradients(ours)[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", stae.JUDGES)
+@pytest.mark.parametrize("latent_dim", [None, 5])
+def test_masked_objective_in_plain_autograd(kind, latent_dim):
+    """(d(J(x_c), J(x_m)) + d(J(Tx), J(Tx_c)) + d(J(Tx), J(Tx_m))) / 3 + lambda / 2 * (SIGReg(E(x)) + SIGReg(E(y)))"""
+    x, views, _ = tiny_step(views=2)
+    slices = stae.draw_slices(latent_dim or 4, 8, generator())
+    y = stae.cut_holes(x, stae.draw_holes(x.shape, generator(), 0.35))
+    torch.manual_seed(0)
+    ours = stae.Autoencoder(3, 4, 4, latent_dim, 16)
+    theirs = copy.deepcopy(ours)
+    kept = {name: p.detach() * 1.1 for name, p in ours.encoder.named_parameters()}
+    weights = stae.judge_weights(ours.encoder, kind, kept)
+    loss, terms = stae.stae_loss(ours, x, views, slices, weights, 0.07, 0.5, y)
+    loss.backward()
+
+    judge = theirs.encoder if kind == "live" else copy.deepcopy(theirs.encoder)
+    if kind in ("ema", "random"):
+        judge.load_state_dict(kept)
+    distance = lambda t, r: (((r - t) / (t.std(dim=(0, 2, 3), correction=0, keepdim=True) + 1e-3)) ** 2).mean()
+    layer = lambda t, r: ((r - t) ** 2).mean() / (t.var(correction=0) + 1e-4)
+    standardise = lambda c: (c - c.mean((0, 2, 3), True)) / (c.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    z_c, z_m = theirs.norm(theirs.encoder(x)[0]), theirs.norm(theirs.encoder(y)[0])
+    x_c, x_m = theirs.decode(z_c), theirs.decode(z_m)
+    total, expected = distance(judge(x_c)[0], judge(x_m)[0]) / 3, {}
+    for end, z, x_hat in (("clean", z_c, x_c), ("masked", z_m, x_m)):
+        codes, d, h = [z], 0, 0
+        for _, name, draw in views:
+            t, r = judge(stae.apply_transform(name, draw, x)), judge(stae.apply_transform(name, draw, x_hat))
+            t = t if kind == "live" else (t[0].detach(), [a.detach() for a in t[1]])
+            d, h = d + distance(t[0], r[0]) / 2, h + sum(layer(a, b) for a, b in zip(t[1], r[1])) / 2
+            codes += [standardise(t[0]), standardise(r[0])] if kind == "live" else []
+        gaussian = sum(stae.sigreg(code, slices) for code in codes) / len(codes)
+        total = total + (d + 0.5 * h) / 3 + 0.07 / 2 * gaussian
+        expected |= {f"distance_{end}": d, f"layers_{end}": h, f"sigreg_{end}": gaussian}
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert terms.keys() == {"agreement", *expected}
+    assert {name: terms[name].item() for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+    ours, theirs = gradients(ours), gradients(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_masked_baseline_by_hand():
+    x, _, _ = tiny_step()
+    y = stae.cut_holes(x, stae.draw_holes(x.shape, generator(), 0.35))
+    loss, terms = stae.mse_loss(tiny_model(), x, y)
+    assert loss.item() == pytest.approx(((tiny_model()(y) - x) ** 2).mean().item(), rel=1e-5)
+    assert loss != stae.mse_loss(tiny_model(), x)[0] and terms.keys() == {"mse"}
+
+
 def test_live_judge_is_not_rewarded_for_shrinking():
     """Scaling what the judge sees changes nothing, because s is not detached: the slope at scale 1 is next to zero."""
     target, seen = torch.randn(8, 4, 2, 2, generator=generator()), torch.randn(8, 4, 2, 2, generator=generator(1))
@@ -535,6 +763,10 @@ def test_variation_by_hand():
     assert stae.variation(image).item() == pytest.approx(1 + 1 + 0 + 0.5 + 0 + 1 + 0.5)
 
 
+    inside = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]).view(1, 1, 2, 3)
+    assert stae.variation(image, inside).item() == pytest.approx(1 + 0.5 + 1)
+
+
 def numpy_pca_psnr(train, test, dimensions):
     x, y = (images.flatten(1).numpy() / 255.0 for images in (train, test))
     basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:dimensions]
@@ -576,6 +808,32 @@ def test_evaluate_whatever_the_batch_size():
     assert one["code_size"] == 16 and one["min_std"] == pytest.approx(codes.std(dim=0, correction=0).mean(dim=(1, 2)).min().item(), rel=1e-4)
     slices = stae.draw_slices(4, 256, stae.generator_for("cpu", 0))
     assert one["sigreg"] == pytest.approx(naive_sigreg(codes[:128], slices[:, :256]).item(), rel=1e-4)
+
+
+def test_holes_measured_by_hand():
+    train, test = (torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator(n)) for n in (30, 20))
+    model = tiny_model().eval()
+    results = stae.evaluate(model, train, test, 0.35, 7)
+    assert stae.evaluate(model, train, test, 0.35, 20) == pytest.approx(results, rel=1e-5)
+    assert results.keys() == {name for name in stae.EXPLAIN if name not in ("train_seconds", "images_per_second", "seed")}
+    x, holes = test.double() / 255, stae.fixed_holes(test, 0.35)
+    with torch.no_grad():
+        x_hat = model(stae.cut_holes(x.float(), holes)).double()
+    mean, side = (train.double() / 255).mean(dim=0), 9
+    inside, floor, ours, theirs = [], [], 0, 0
+    for image, output, (top, left, _) in zip(x, x_hat, holes.tolist()):
+        cut = lambda picture: picture[:, top : top + side, left : left + side]
+        inside.append(((cut(output) - cut(image)) ** 2).mean().item())
+        floor.append(((cut(mean) - cut(image)) ** 2).mean().item())
+        ours += stae.variation(cut(output)[None]).item()
+        theirs += stae.variation(cut(image)[None]).item()
+    decibel = lambda mse: -10 * math.log10(mse)
+    whole = ((x_hat - x) ** 2).mean().item()
+    outside = (whole * 256 - np.mean(inside) * side**2) / (256 - side**2)
+    expected = {"masked_psnr": decibel(whole), "hole_psnr": decibel(np.mean(inside)), "hole_floor_psnr": decibel(np.mean(floor)),
+                "visible_psnr": decibel(outside), "hole_sharpness": ours / theirs,
+                "masked_ssim": stae.ssim(x.float(), x_hat.float()).mean().item()}
+    assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_collapse_shows_even_when_positions_differ():
@@ -646,6 +904,49 @@ def test_command_line_for_every_transform_and_judge(here, capsys, transform, jud
     assert picture.shape == (3, 2 * 66 + 2, 10 * 66 + 2) and picture.float().std() > 1
 
 
+@pytest.mark.parametrize("flags", ["--judge frozen --judge-layers 0.3 --latent-dim 6", "--judge live", "--objective mse --latent-dim 6"])
+def test_masked_run(here, capsys, flags):
+    assert run(f"{TINY.replace('--latent-channels 4', '')} --masked {flags} --hole 0.2 --out run") == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics.keys() == stae.EXPLAIN.keys() and all(map(math.isfinite, metrics.values()))
+    assert metrics["code_size"] == (6 if "latent" in flags else 8 * 4)
+    columns, first = (row.split(",") for row in Path("run/log.csv").read_text().splitlines()[:2])
+    row = dict(zip(columns, map(float, first)))
+    if "mse" in flags:
+        assert row["loss"] == row["mse"] and "agreement" not in row
+    else:
+        distances = row["agreement"] + row["distance_clean"] + row["distance_masked"]
+        layers = row.get("layers_clean", 0) + row.get("layers_masked", 0)
+        gaussian = (row["sigreg_clean"] + row["sigreg_masked"]) / 2
+        assert row["loss"] == pytest.approx((distances + 0.3 * layers) / 3 + 0.03 * gaussian, rel=1e-5)
+    picture = pil_to_tensor(default_loader("run/reconstructions.png"))  # originals, holes, from holes, from originals
+    assert picture.shape == (3, 4 * 66 + 2, 10 * 66 + 2)
+    assert run("--eval run") == 0 and run("--eval run --hole 0.6 --out other") == 0
+    again, other = (json.loads(Path(name).read_text()) for name in ("run/eval-tiny.json", "other/eval-tiny.json"))
+    assert again == pytest.approx(metrics, rel=1e-5)
+    assert other["psnr"] == pytest.approx(metrics["psnr"]) and other["hole_psnr"] != metrics["hole_psnr"]
+
+
+def test_masked_runs_of_stae_and_mse_see_the_same_holes(here, monkeypatch):
+    seen, cut = [], stae.cut_holes
+    monkeypatch.setattr(stae, "cut_holes", lambda images, holes: seen.append(holes.tolist()) or cut(images, holes))
+    for flags in ("", "--objective mse"):
+        assert run(f"{TINY} --masked {flags}") == 0
+    assert len(seen) % 2 == 0 and seen[: len(seen) // 2] == seen[len(seen) // 2 :] and seen[0] != seen[1]
+    assert {p.name for p in Path("runs").iterdir()} == {"tiny-masked-stae-crop-frozen-s0", "tiny-masked-mse-crop-frozen-s0"}
+
+
+def test_masked_celeba_has_a_global_code_unless_told_otherwise(here, capsys, monkeypatch):
+    def stop(*args):
+        raise FloatingPointError("seen enough")
+
+    monkeypatch.setattr(stae, "train", stop)
+    write_faces(here / "data")
+    for flags, code in (("--masked", 128), ("--masked --latent-dim 512", 512), ("--masked --latent-channels 32", None), ("", None)):
+        assert run(f"--dataset celeba --size 16 --width 16 --batch-size 2 {flags}") == 1
+        assert f"  latent_dim={code}  " in capsys.readouterr().out.splitlines()[0]
+
+
 def test_every_step_has_draws_of_its_own(here, monkeypatch):
     seen, loss = [], stae.training_loss
 
@@ -668,7 +969,7 @@ def test_flags_reach_training(here, flags):
     assert not torch.equal(base["encoder.stem.weight"], other["encoder.stem.weight"])
 
 
-@pytest.mark.parametrize("dataset, side, row", [("x.npz", 64, "cifar10"), ("x.npz", 72, "faces"), ("faces", 64, "cifar10")])
+@pytest.mark.parametrize("dataset, side, row", [("x.npz", 64, "cifar10"), ("x.npz", 72, "celeba"), ("faces", 64, "cifar10")])
 def test_a_path_takes_the_row_of_its_size(here, capsys, monkeypatch, dataset, side, row):
     def stop(*args):
         raise FloatingPointError("seen enough")
@@ -767,6 +1068,24 @@ def test_compare(here, capsys):
     assert "tiny.npz" in capsys.readouterr().err
 
 
+def test_compare_with_holes(here, capsys):
+    """Originals, holes, then each run from holes and from originals; an ordinary run beside a masked one is shown both."""
+    flags = {"a": "--masked --latent-dim 6", "b": "--masked --latent-dim 6 --objective mse", "c": "--objective mse --latent-channels 4"}
+    for name, flag in flags.items():
+        assert run(f"{TINY.replace('--latent-channels 4', '')} {flag} --out {name}") == 0
+    assert run("--compare a b --out two") == 0 and run("--compare c a --hole 0.1 --out mixed") == 0
+    assert "originals with holes, c from holes, c from originals, a from holes" in capsys.readouterr().out
+    for name in ("two", "mixed"):
+        assert pil_to_tensor(default_loader(f"{name}/comparison.png")).shape == (3, 6 * 66 + 2, 10 * 66 + 2)
+    x = torch.from_numpy(np.load("tiny.npz")["x_test"]).permute(0, 3, 1, 2)
+    rows = stae.pictures([stae.load_model("a"), stae.load_model("b")], x, 0.35)
+    holed = stae.cut_holes(x / 255, stae.fixed_holes(x, 0.35))
+    with torch.no_grad():
+        expected = [x / 255, holed] + [model(y) for model in map(stae.load_model, "ab") for y in (holed, x / 255)]
+    for row, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, other)
+
+
 def test_overwrite(here, capsys):
     assert run(f"{TINY} --out run") == 0
     Path("run/mine.txt").write_text("keep")
@@ -808,7 +1127,7 @@ def test_out_of_memory_is_one_line_and_a_bug_keeps_its_traceback(here, capsys, m
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, capsys, monkeypatch):
-    monkeypatch.setattr(stae, "mse_loss", lambda model, x: (model(x).sum() * math.nan, {"mse": torch.tensor(math.nan)}))
+    monkeypatch.setattr(stae, "mse_loss", lambda model, x, holed: (model(x).sum() * math.nan, {"mse": torch.tensor(math.nan)}))
     assert run(f"{TINY} --objective mse --out run") == 1
     said = capsys.readouterr().err
     assert "step 1" in said and "--lr" in said and not Path("run/checkpoint.pt").exists()
@@ -816,7 +1135,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(here, capsys, monkeypatch):
 
 BAD = {
     "--dataset nowhere": "nowhere",
-    "--dataset empty": "no readable image",
+    "--dataset empty": "no image below it",
+    "--dataset celeba": "img_align_celeba.zip",
+    "--masked --hole 0": "'0' is not a number in (0, 1)",
+    "--masked --hole 1": "'1'",
+    "--masked --hole -0.1": "-0.1",
+    "--hole 0.5": "add --masked",
+    "--latent-dim 0": "'0'",
+    "--latent-dim 8": "--latent-dim and --latent-channels",
+    "--latent-dim 2.5": "'2.5'",
     "--dataset broken": "no readable image",
     "--dataset notes.txt": "notes.txt",
     "--dataset float.npz": "float32",
