@@ -6,6 +6,7 @@ autoencoder 29.9, PCA 24.1), CIFAR-10 at 21.2 dB (the plain autoencoder 22.8, PC
     python stae.py                                       # shapes, no download
     python stae.py --dataset cifar10 --transform crop    # the recipe
     python stae.py --dataset cifar10 --objective mse     # the plain autoencoder, everything else equal
+    python stae.py --dataset celeba --masked             # faces, with a hole in them
     python stae.py --dataset my_photos/ --size 64        # any folder of images, or an .npz
     python stae.py --eval runs/NAME/checkpoint.pt        # the table and the picture again
 

@@ -183,6 +183,13 @@ def test_celeba_is_cropped_and_split_by_number(tmp_path):
     assert train.shape == (2, 3, 64, 64) and test.unique().tolist() == [20]
 
 
+def test_celeba_is_downloaded_when_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(stae, "CelebA", lambda root, download: write_faces(Path(root)) if download else None)
+    assert len(stae.load_data("celeba", tmp_path, size=16)[0][0]) == 3
+    monkeypatch.setattr(stae, "CelebA", None)  # not asked again
+    assert len(stae.load_data("celeba", tmp_path, size=16)[0][0]) == 3
+
+
 def test_celeba_without_test_faces_holds_out_a_tenth(tmp_path):
     write_faces(tmp_path, numbers=range(1, 21))
     (train, _), (test, _) = stae.load_data("celeba", tmp_path, size=16)
@@ -934,6 +941,9 @@ def test_masked_runs_of_stae_and_mse_see_the_same_holes(here, monkeypatch):
         assert run(f"{TINY} --masked {flags}") == 0
     assert len(seen) % 2 == 0 and seen[: len(seen) // 2] == seen[len(seen) // 2 :] and seen[0] != seen[1]
     assert {p.name for p in Path("runs").iterdir()} == {"tiny-masked-stae-crop-frozen-s0", "tiny-masked-mse-crop-frozen-s0"}
+    assert run(f"{TINY} --objective mse --out whole") == 0
+    masked, whole = (stae.load_model(name).state_dict() for name in ("runs/tiny-masked-mse-crop-frozen-s0", "whole"))
+    assert not torch.equal(masked["encoder.stem.weight"], whole["encoder.stem.weight"])
 
 
 def test_masked_celeba_has_a_global_code_unless_told_otherwise(here, capsys, monkeypatch):
@@ -1073,10 +1083,14 @@ def test_compare_with_holes(here, capsys):
     flags = {"a": "--masked --latent-dim 6", "b": "--masked --latent-dim 6 --objective mse", "c": "--objective mse --latent-channels 4"}
     for name, flag in flags.items():
         assert run(f"{TINY.replace('--latent-channels 4', '')} {flag} --out {name}") == 0
-    assert run("--compare a b --out two") == 0 and run("--compare c a --hole 0.1 --out mixed") == 0
+    assert run("--compare a b --out two") == 0 and run("--compare c a --out mixed") == 0
     assert "originals with holes, c from holes, c from originals, a from holes" in capsys.readouterr().out
     for name in ("two", "mixed"):
         assert pil_to_tensor(default_loader(f"{name}/comparison.png")).shape == (3, 6 * 66 + 2, 10 * 66 + 2)
+    assert run("--compare c --hole 0.1 --out hole") == 0  # an ordinary run is shown holes when they are asked for
+    assert pil_to_tensor(default_loader("hole/comparison.png")).shape == (3, 4 * 66 + 2, 10 * 66 + 2)
+    assert run("--eval c --hole 0.1 --out hole") == 0 and "hole_psnr" in json.loads(Path("hole/eval-tiny.json").read_text())
+    assert run("--eval c --out whole") == 0 and "hole_psnr" not in json.loads(Path("whole/eval-tiny.json").read_text())
     x = torch.from_numpy(np.load("tiny.npz")["x_test"]).permute(0, 3, 1, 2)
     rows = stae.pictures([stae.load_model("a"), stae.load_model("b")], x, 0.35)
     holed = stae.cut_holes(x / 255, stae.fixed_holes(x, 0.35))
@@ -1137,6 +1151,7 @@ BAD = {
     "--dataset nowhere": "nowhere",
     "--dataset empty": "no image below it",
     "--dataset celeba": "img_align_celeba.zip",
+    "--dataset celeba --data faceless": "img_align_celeba.zip",
     "--masked --hole 0": "'0' is not a number in (0, 1)",
     "--masked --hole 1": "'1'",
     "--masked --hole -0.1": "-0.1",
@@ -1224,8 +1239,10 @@ def test_bad_input_gets_one_line_and_leaves_no_trace(here, capsys, monkeypatch, 
         raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr(stae, "CelebA", offline)
     Path("empty").mkdir(), Path("broken").mkdir(), Path("sizes").mkdir(), Path("single").mkdir()
     save_image(torch.rand(3, 16, 16), "single/only.png")
+    Path("faceless/celeba/img_align_celeba").mkdir(parents=True)
     Path("empty/readme.txt").write_text("no image"), Path("broken/a.png").write_text("no image"), Path("notes.txt").write_text("?")
     for side in (16, 24):
         save_image(torch.rand(3, side, side), f"sizes/{side}.png")
