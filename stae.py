@@ -84,9 +84,16 @@ def make_shapes(count=12_000, size=32, seed=0):
     return canvas.to(torch.uint8)[:, None], kind.flatten(), count // 6
 
 
-def shuffled(items):
-    """A list of the items in an order that is random and always the same, so that its end can be held out."""
-    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+def shuffled(names):
+    """The names by their hashes: an order like a random one, that a new name joins without moving the others."""
+    return sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+
+
+def check_side(side):
+    """Raise BadInput unless the network can take squares of that side."""
+    if side % 8 or side < 16:
+        good = max(16, side // 8 * 8)
+        raise BadInput(f"images of {side} pixels: the side must be divisible by 8, from 16; pass --size {good}")
 
 
 def fit(image, size=None, crop=None):
@@ -132,7 +139,7 @@ def read_npz(path):
     labels = torch.from_numpy(y.astype(np.int64)) if len(y) == len(x) else None
     if "_test" in ends:
         return images, labels, len(arrays["x_test"])
-    order = shuffled(range(len(images)))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # always the same
     return images[order], None if labels is None else labels[order], 0
 
 
@@ -145,107 +152,115 @@ def progress(text, done, total, before):
         print(text, flush=True)
 
 
-def decode(folder, names, size, crop, unreadable):
-    """Yield each image file that can be read as uint8 (3, S, S), RGB, fitted; the names of the others and why go to the
-    dictionary `unreadable`. Several threads decode. Raises BadInput when two images differ in size, or none is left."""
+def decode(folder, names, size, crop):
+    """Yield (name, uint8 (3, S, S)) for each image file in `folder` that can be read, RGB, fitted, by several threads.
+    The others are counted, the first named. Raises BadInput when two images differ in size, or none can be read."""
 
     def read(name):
         try:
             return TF.pil_to_tensor(fit(default_loader(folder / name), size, crop)).contiguous()
         except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
-            return str(error)
+            return f"{folder / name} ({error})"
 
-    side = None
+    side, unreadable = None, []
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(names), 500):  # in parts: what is decoded and not yet taken waits in memory
             part = names[start : start + 500]
             for name, image in zip(part, pool.map(read, part)):
                 if isinstance(image, str):
-                    unreadable[name] = image
+                    unreadable.append(image)
                     continue
-                side = side or image.shape[1]
-                if image.shape[1] != side:
+                if side not in (None, image.shape[1]):
                     raise BadInput(f"{folder}: images of {side} and of {image.shape[1]} pixels ({name}); make them "
                                    "equal with --size")
-                yield image
+                side = image.shape[1]
+                check_side(side)  # now, not after an hour of decoding
+                yield name, image
             if len(names) > CACHE_ABOVE:
                 done = start + len(part)
                 progress(f"decoded {done:,} of {len(names):,} images", done, len(names), start)
-    if side is None:
-        name, reason = min(unreadable.items())
-        raise BadInput(f"{folder}: no readable image among {len(names)}: {name} ({reason})")
+    if not side:
+        raise BadInput(f"{folder}: no readable image among {len(names)}: {min(unreadable)}")
+    if unreadable:
+        skipped = f"skipped {len(unreadable)} of {len(names)} images, unreadable: first {min(unreadable)}"
+        print(skipped, file=sys.stderr)
 
 
 def decode_once(folder, names, size, crop):
     """What `decode` makes of many files, kept beside their folder as FOLDER.stae-SIZE.npy -> a memory map (N, 3, S, S),
-    unreadable. A .json of that name says of which files: when one is added, changed or gone, both are made anew."""
+    the N names that could be read. Made anew when a file was added, changed or taken away."""
     beside = Path(os.path.abspath(folder))
-    cache = beside.with_name("-".join([f"{beside.name}.stae", *(str(n) for n in (crop, size) if n)]) + ".npy")
-    receipt, temporary = cache.with_suffix(".json"), Path(f"{cache}.{os.getpid()}.tmp")
+    cache = beside.parent / ("-".join([f"{beside.name}.stae", *(str(n) for n in (crop, size) if n)]) + ".npy")
+    temporary = Path(f"{cache}.{os.getpid()}.tmp")
     stats = [(name, file.st_size, file.st_mtime_ns) for name in names for file in [os.stat(folder / name)]]
     stamp = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
     def mapped():
-        unreadable = json.loads(receipt.read_text())[stamp]
-        return np.load(cache, mmap_mode="r")[: len(names) - len(unreadable)], unreadable
+        array = np.load(cache, mmap_mode="r")
+        with open(cache, "rb") as file:
+            file.seek(array.offset + array.nbytes)  # behind the array: which files it is made of
+            return array, json.load(file)[stamp]
 
     try:
-        return mapped()
-    except (OSError, ValueError, KeyError):  # not there yet, damaged, or of other files
+        array, readable = mapped()
+        if len(readable) < len(names):
+            print(f"{cache} lacks {len(names) - len(readable)} images that could not be read; delete it to try again",
+                  file=sys.stderr)
+        return array, readable
+    except Exception:  # not there yet, of other files, or damaged, for which numpy raises many kinds
         if not os.access(cache.parent, os.W_OK):
             raise BadInput(f"{cache.parent} cannot be written, but {cache.name}, the decoded images, belongs there; "
                            "link the folder of images from a folder of your own") from None
-    unreadable = {}
+    readable = []
     try:
         with open(temporary, "wb") as out:
-            for image in decode(folder, names, size, crop, unreadable):
-                if out.tell() == 0:
-                    header = dict(descr="|u1", fortran_order=False, shape=(len(names), *image.shape))
-                    np.lib.format.write_array_header_1_0(out, header)
-                    end = out.tell() + len(names) * image.numel()
+            out.seek(128)  # room for the header, which counts the images and so comes last
+            for name, image in decode(folder, names, size, crop):
                 out.write(image.numpy())
-            out.truncate(end)  # the header counts all files; what is unreadable leaves empty rows at the end
-        receipt.unlink(missing_ok=True)  # it vouches for the array: goes before the old one, comes after the new one
+                readable.append(name)
+            out.write(json.dumps({stamp: readable}).encode())
+            out.seek(0)
+            header = dict(descr="|u1", fortran_order=False, shape=(len(readable), *image.shape))
+            np.lib.format.write_array_header_1_0(out, header)
         os.replace(temporary, cache)
-        temporary.write_text(json.dumps({stamp: unreadable}))
-        os.replace(temporary, receipt)
     finally:
         temporary.unlink(missing_ok=True)
     return mapped()
 
 
-def read_images(folder, names, size=None, crop=None):
-    """Image files in `folder` -> (N, 3, S, S) uint8, squares of `size`, and the N names that can be read. The others
-    are counted, the first named. More than CACHE_ABOVE files are decoded once and memory-mapped."""
-    unreadable = {}
+def read_images(folder, train, test, size=None, crop=None):
+    """Image files in `folder`, to train and (there may be none) to test on -> (N, 3, S, S) uint8, squares of `size`; the
+    N names that can be read; how many of them test. More than CACHE_ABOVE are decoded once and memory-mapped."""
+    names = train + test if test else shuffled(train)
     if not names:
         raise BadInput(f"{folder}: no image below it (a file named {' '.join(IMG_EXTENSIONS)})")
     if len(names) > CACHE_ABOVE:
-        array, unreadable = decode_once(folder, names, size, crop)
+        array, readable = decode_once(folder, names, size, crop)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch: the array is not writable. Nothing here writes to it
             images = torch.from_numpy(array)
     else:
-        images = torch.stack(list(decode(folder, names, size, crop, unreadable)))
-    if unreadable:
-        name, reason = min(unreadable.items())
-        print(f"skipped {len(unreadable)} of {len(names)} images, unreadable: first {folder / name} ({reason})",
-              file=sys.stderr)
-    return images, [name for name in names if name not in unreadable]
+        readable, images = zip(*decode(folder, names, size, crop))
+        images = torch.stack(images)
+    test_count = len(set(readable) & set(test))
+    if test and not test_count:
+        raise BadInput(f"{folder}: none of its {len(test)} test images can be read")
+    return images, readable, test_count
 
 
 def read_folder(folder, size=None):
     """Every image below `folder`. Subfolders train/ and test/, when both hold some, are the splits. The first-level
     subfolders (of each) are the classes when every image lies in one. Without a `size` all must have the same."""
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
-    names = [str(file.relative_to(folder)) for file in files]
+    paths = [os.path.join(below, file) for below, _, files in os.walk(folder, followlinks=True) for file in files]
+    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS) and os.path.isfile(path)]
+    names = sorted(os.path.relpath(path, folder) for path in paths)
     train, test = ([name for name in names if Path(name).parts[0] == part] for part in ("train", "test"))
     split = bool(train and test)
-    images, names = read_images(folder, train + test if split else shuffled(names), size)
+    images, names, test_count = read_images(folder, *((train, test) if split else (names, [])), size)
     parents = [Path(name).parts[int(split) : -1] for name in names]
     classes = sorted({parent[0] for parent in parents if parent})
     labels = torch.tensor([classes.index(parent[0]) for parent in parents]) if all(parents) else None
-    return images, labels, len(set(names) & set(test)) if split else 0
+    return images, labels, test_count
 
 
 def read_celeba(root, size=None):
@@ -260,8 +275,8 @@ def read_celeba(root, size=None):
                            f"from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in {folder.parent}") from None
     names = sorted(file.name for file in folder.glob("*.jpg") if file.stem.isdecimal())
     train, test = ([name for name in names if low < int(name[:-4]) <= high] for low, high in CELEBA_SPLITS)
-    images, names = read_images(folder, train + test if test else shuffled(train), size or 128, crop=128)
-    return images, None, len(set(names) & set(test))
+    images, _, test_count = read_images(folder, train, test, size or 128, crop=128)
+    return images, None, test_count
 
 
 def load_data(dataset, root="data", size=None, validation=0):
@@ -416,24 +431,21 @@ def apply_transform(name, draw, images):
 
 
 def draw_holes(shape, generator, ratio):
-    """Draw a square hole for each image of `shape` (B, C, S, S) -> (B, 3) int64 (top, left, side), in whole pixels.
-    The side is round(sqrt(ratio) * S), from 1 to S - 1, the place uniform."""
-    side = min(max(1, round(ratio**0.5 * shape[2])), shape[2] - 1)
-    uniform = torch.rand(shape[0], 2, device=generator.device, generator=generator)
-    corner = (uniform * (shape[2] - side + 1)).long().clamp(max=shape[2] - side)  # the product can round up
-    return F.pad(corner, (0, 1), value=side)
+    """Draw a square hole for each image of `shape` (B, C, S, S) -> boxes (B, 4) as from draw_boxes. The side is
+    round(sqrt(ratio) * S), from 1 to S - 1."""
+    side = min(ratio**0.5, 1 - 1 / shape[2])
+    return draw_boxes(shape, generator, side, side)
 
 
 def hole_mask(holes, size):
-    """Holes (B, 3) in images of that side -> (B, 1, size, size) float, 1 in the hole and 0 outside."""
-    place = torch.arange(size, device=holes.device)
-    start, side = holes[:, :2, None], holes[:, 2, None, None]
-    y, x = ((start <= place) & (place < start + side)).float().unbind(dim=1)  # (B, size) each
+    """Boxes (B, 4) in images of that side -> (B, 1, size, size) float, 1 in the box and 0 outside."""
+    place = torch.arange(size, device=holes.device) - holes[:, :2, None]  # (B, 2, size), counted from the corner
+    y, x = ((place >= 0) & (place < holes[:, 2:, None])).float().unbind(dim=1)  # (B, size) each
     return (y[:, :, None] * x[:, None, :])[:, None]
 
 
 def cut_holes(images, holes):
-    """Fill the holes (B, 3) of images (B, C, S, S) with each image's own mean, per channel, as the author does."""
+    """Fill the holes (B, 4) of images (B, C, S, S) with each image's own mean, per channel, as the author does."""
     return images.lerp(images.mean(dim=(2, 3), keepdim=True), hole_mask(holes, images.shape[3]))
 
 
@@ -594,8 +606,7 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
     with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
         targets = [look(apply_transform(name, draw, images)) for _, name, draw in views]
 
-    def branch(inputs):
-        z = model.encode(inputs)  # (B, C, h, w)
+    def branch(z):
         x_hat = model.decode(z)  # (B, channels, H, W)
         codes, distance, layers = [z], 0.0, 0.0
         for (share, name, draw), (target, target_layers) in zip(views, targets):
@@ -609,10 +620,13 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
         terms = {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
         return x_hat, distance + layer_weight * layers, sigreg_weight * gaussian, terms
 
-    x_hat, distance, gaussian, terms = branch(images)
     if holed is None:
+        x_hat, distance, gaussian, terms = branch(model.encode(images))  # the code: (B, C, h, w)
         return distance + gaussian, terms
-    x_holed, distance_holed, gaussian_holed, terms_holed = branch(holed)
+    # One call for both: normalised apart, they would need running statistics of their own, and would have one for two
+    z, z_holed = model.encode(torch.cat((images, holed))).split(len(images))
+    x_hat, distance, gaussian, terms = branch(z)
+    x_holed, distance_holed, gaussian_holed, terms_holed = branch(z_holed)
     agreement = code_distance(look(x_hat)[0], look(x_holed)[0])  # untransformed; gradient flows into both sides
     terms = {f"{name}_clean": value for name, value in terms.items()}
     terms |= {f"{name}_masked": value for name, value in terms_holed.items()}
@@ -693,12 +707,13 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "sharpness": "sum of pixel differences, reconstructions over originals",
     "sigreg": "SIGReg of the codes in groups of 128, 1.05 for a Gaussian",
     "min_std": "deviation of the code's weakest channel, near 0 on collapse",
-    "masked_psnr": "dB, reconstructions of images with a hole (--masked)",
+    "hole": "share of the area that a hole takes",
+    "masked_psnr": "dB, reconstructions of images with holes",
     "hole_psnr": "dB, the same inside the holes",
     "visible_psnr": "dB, the same outside the holes",
     "hole_floor_psnr": "dB, holes filled with the mean training image",
     "hole_sharpness": "sharpness inside the holes",
-    "masked_ssim": "structural similarity, reconstructions of images with a hole",
+    "masked_ssim": "structural similarity, reconstructions of images with holes",
     "pca_psnr": "dB, of the best linear code of the same size",
     "code_size": "numbers per image",
     "parameters": "weights of encoder and decoder",
@@ -709,7 +724,7 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
 
 
 @torch.no_grad()
-def evaluate(model, train, test, hole=None, batch_size=250):
+def evaluate(model, train, test, batch_size=250, hole=None):
     """Measure a model on a whole split -> the keys of EXPLAIN up to "parameters". Leaves the model in eval mode.
     train, test: (N, C, H, W) uint8, here or elsewhere; train serves the PCA floor and the mean image alone.
     hole: of which share of the area, for the keys that speak of holes too."""
@@ -739,7 +754,7 @@ def evaluate(model, train, test, hole=None, batch_size=250):
 
 
 def fixed_holes(images, hole):
-    """The holes of test images, (N, 3): the same for every model and on every device."""
+    """The holes of test images, (N, 4): the same for every model and on every device."""
     return draw_holes(images.shape, generator_for("cpu", 0), hole)
 
 
@@ -756,6 +771,7 @@ def evaluate_holes(model, train, test, hole, batch_size):
         rows.append(torch.stack([*means, *sharpness, ssim(x, x_hat)], dim=1))  # (B, 7)
     mse, mse_inside, floor, area, sharp, sharp_original, similarity = torch.cat(rows).double().mean(dim=0).tolist()
     return {
+        "hole": hole,
         "masked_psnr": psnr(mse), "hole_psnr": psnr(mse_inside / area), "hole_floor_psnr": psnr(floor / area),
         "visible_psnr": psnr((mse - mse_inside) / (1 - area)), "masked_ssim": similarity,
         "hole_sharpness": sharp / max(sharp_original, 1e-9),
@@ -854,18 +870,12 @@ def train(model, images, steps, config, log_path):
             if logged == 0:
                 print(*row, sep=",", file=log)
             print(*row.values(), sep=",", file=log, flush=True)
-            show(row, steps, logged)
+            left = seconds * (steps / (step + 1) - 1)
+            text = [f"step {step + 1}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"]
+            text += [f"{name} {means[name]:.4f}" for name in ("loss", *terms)]
+            progress("  ".join(text), step + 1, steps, logged)
             sums, logged = 0.0, step + 1
     return kept, seconds
-
-
-def show(row, steps, before):
-    """Show the progress of a row of the log, of `steps`; `before`: the step of the row before."""
-    left = row["seconds"] * (steps / row["step"] - 1)
-    other = ("step", "gradient_norm", "lr", "seconds", "images_per_second")
-    terms = [f"{name} {value:.4f}" for name, value in row.items() if name not in other]
-    text = f"step {row['step']}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"
-    progress("  ".join([text, *terms]), row["step"], steps, before)
 
 
 def make_model(config):
@@ -886,10 +896,10 @@ def load_checkpoint(path):
         raise BadInput(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, results = checkpoint["config"], checkpoint["results"]
+        config, results = DEFAULTS | checkpoint["config"], checkpoint["results"]  # flags newer than the file
         model = make_model(argparse.Namespace(**config))
         model.load_state_dict(checkpoint["model"])
-        config["dataset"], config["validation"], config["hole"], results["seed"]  # a foreign file may lack them
+        checkpoint["config"]["dataset"], results["seed"]  # a foreign file may lack them
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise BadInput(f"{path}: not a checkpoint of stae.py ({type(error).__name__})") from None
     return model.eval(), config, results
@@ -955,7 +965,7 @@ def build_parser():
     add("--size", type=side, help="side in pixels to resize to, after a square crop (default: as is, celeba 128)")
     add("--validation", type=natural, metavar="N", help="test on the last N training images instead")
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", choices=("stae", "mse"), help="mse, the baseline, takes of this group --masked (default: stae)")
+    add("--objective", choices=("stae", "mse"), help="mse, the baseline, ignores all but the next two (default: stae)")
     add("--masked", action="store_true", default=None, help="reconstruct from images with a square hole as well")
     add("--hole", type=part, metavar="RATIO", help="of the image's area that the hole takes (default: 0.35)")
     add("--transform", choices=TRANSFORMS, help="T, applied to both images (default: pixel for shapes, crop otherwise)")
@@ -966,13 +976,14 @@ def build_parser():
     add("--mask-ratio", type=share, help="share of pixels, patches or channels blacked out (default: 0.7)")
     add("--sigreg-weight", type=weight, help="lambda; it belongs to a batch size (default: 0.03)")
     add("--slices", type=count, help="directions that SIGReg tests per step (default: 64)")
-    add = parser.add_argument_group("model and training").add_argument
-    add("--width", type=width, help="channels after the stem (default: shapes 32, up to 64 pixels 64, else 128)")
-    add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8 up to 64 pixels, else 32)")
+    defaults = "Paths have the defaults of cifar10 up to 64 pixels, of celeba above."
+    add = parser.add_argument_group("model and training", defaults).add_argument
+    add("--width", type=width, help="channels after the stem (default: shapes 32, cifar10 64, celeba 128)")
+    add("--latent-channels", type=count, help="C of the code (C, side/8, side/8) (default: 8, celeba 32)")
     add("--latent-dim", type=count, metavar="N", help="a code of N numbers, not spatial (default: celeba --masked 128)")
-    add("--epochs", type=count, help="passes over the images (default: shapes 20, up to 64 pixels 15, else 50)")
+    add("--epochs", type=count, help="passes over the images (default: shapes 20, cifar10 15, celeba 50)")
     add("--batch-size", type=batch, help="images per step (default: 128)")
-    add("--lr", type=share, help="peak, of AdamW (default: shapes 0.01, up to 64 pixels 0.003, else 0.001)")
+    add("--lr", type=share, help="peak, of AdamW (default: shapes 0.01, cifar10 0.003, celeba 0.001)")
     add("--seed", type=natural, help="of the initial weights and all draws (default: 0)")
     group = parser.add_argument_group("machine and files")
     add = group.add_argument
@@ -1021,15 +1032,16 @@ def check_flags(given):
     used = [name for name in RUN_FILES if "out" in given and (out / name).exists()]
     if used and trains and "overwrite" not in given:
         raise BadInput(f"--out {out} holds a run ({used[0]}); pass another folder, or --overwrite")
+    dataset = Path(given.get("dataset", "shapes"))
+    if dataset.is_dir() and out.absolute().is_relative_to(dataset.absolute()):
+        raise BadInput(f"--out {out} is among the images of --dataset {dataset}, and pictures go there; pass another")
     pick_device(given.get("device", "auto"))
 
 
 def check_sizes(config, count):
     """Refuse a network or a batch that does not fit the `count` training images."""
-    latent, most, good = config.latent_channels, 64 * config.channels, max(16, config.size // 8 * 8)
-    most_dim = config.channels * config.size**2
-    if config.size != good:
-        raise BadInput(f"images of {config.size} pixels: the side must be divisible by 8, from 16; pass --size {good}")
+    latent, most, most_dim = config.latent_channels, 64 * config.channels, config.channels * config.size**2
+    check_side(config.size)
     if config.latent_dim and config.latent_dim > most_dim:
         raise BadInput(f"--latent-dim {config.latent_dim}: larger than the image; pass {most_dim} or less")
     if not config.latent_dim and (latent > most or 8 * config.width % latent):
@@ -1082,7 +1094,7 @@ def train_command(given):
 
     torch.manual_seed(config.seed)
     model = make_model(config).to(device, memory_format=torch.channels_last)
-    parts = [Path(config.dataset).resolve().stem, *["masked"] * config.masked, config.objective, config.transform]
+    parts = [Path(config.dataset).absolute().stem, *["masked"] * config.masked, config.objective, config.transform]
     run = "-".join([*parts, config.judge, f"s{config.seed}"])
     folder = given.get("out") or free_path(Path("runs"), run)
     folder.mkdir(parents=True, exist_ok="out" in given)
@@ -1093,7 +1105,7 @@ def train_command(given):
     results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
     save_checkpoint(folder / "checkpoint.pt", model, kept, config, results)
     hole = config.hole if config.masked else None
-    report(evaluate(model, images, test_images, hole) | results, folder / "metrics.json")
+    report(evaluate(model, images, test_images, hole=hole) | results, folder / "metrics.json")
     save_rows(folder / "reconstructions.png", pictures([model], test_images, hole))
     x, x_hat = pictures([model], test_images)
     views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
@@ -1122,11 +1134,11 @@ def eval_command(given):
     images, test_images = load_images(config, given, device)
     folder = given.get("out") or (config.eval if config.eval.is_dir() else config.eval.parent)
     hole = config.hole if config.masked or "hole" in given else None
-    results = evaluate(model.to(device), images, test_images, hole) | results
+    results = evaluate(model.to(device), images, test_images, hole=hole) | results
     folder.mkdir(parents=True, exist_ok=True)
-    path = free_path(folder, f"eval-{Path(config.dataset).resolve().stem}", ".json")
+    path = free_path(folder, f"eval-{Path(config.dataset).absolute().stem}", ".json")
     report(results, path)
-    save_rows(path.with_suffix(".png"), pictures([model], test_images, hole))
+    save_rows(free_path(folder, path.stem, ".png"), pictures([model], test_images, hole))
 
 
 def compare_command(given):
