@@ -229,7 +229,7 @@ def decode_once(folder, names, size, crop):
 
 
 def read_images(folder, train, test, size=None, crop=None):
-    """Image files in `folder`, to train and (there may be none) to test on -> (N, 3, S, S) uint8, squares of `size`; the
+    """Image files in `folder`, to train and (maybe none) to test on -> uint8 (N, 3, S, S), squares of `size`; the
     N names that can be read; how many of them test. More than CACHE_ABOVE are decoded once and memory-mapped."""
     names = train + test if test else shuffled(train)
     if not names:
@@ -766,14 +766,14 @@ def evaluate_holes(model, train, test, hole, batch_size):
         x, holes = as_float(images.to(device)), holes.to(device)
         x_hat, inside = model(cut_holes(x, holes)), hole_mask(holes, x.shape[3])
         square, floor = (x_hat - x).square(), (mean_image - x).square()
-        means = [part.mean(dim=(1, 2, 3)) for part in (square, square * inside, floor * inside, inside)]
+        parts = square * inside, square * (1 - inside), floor * inside, inside
         sharpness = variation(x_hat, inside), variation(x, inside)
-        rows.append(torch.stack([*means, *sharpness, ssim(x, x_hat)], dim=1))  # (B, 7)
-    mse, mse_inside, floor, area, sharp, sharp_original, similarity = torch.cat(rows).double().mean(dim=0).tolist()
+        rows.append(torch.stack([*(part.mean(dim=(1, 2, 3)) for part in parts), *sharpness, ssim(x, x_hat)], dim=1))
+    within, outside, floor, area, sharp, sharp_original, similarity = torch.cat(rows).double().mean(dim=0).tolist()
     return {
         "hole": hole,
-        "masked_psnr": psnr(mse), "hole_psnr": psnr(mse_inside / area), "hole_floor_psnr": psnr(floor / area),
-        "visible_psnr": psnr((mse - mse_inside) / (1 - area)), "masked_ssim": similarity,
+        "masked_psnr": psnr(within + outside), "hole_psnr": psnr(within / area), "hole_floor_psnr": psnr(floor / area),
+        "visible_psnr": psnr(outside / (1 - area)), "masked_ssim": similarity,
         "hole_sharpness": sharp / max(sharp_original, 1e-9),
     }
 
