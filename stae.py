@@ -592,45 +592,55 @@ def layer_distance(targets, seen):
     return sum((s - t).square().mean() / (t.var(correction=0) + 1e-4) for t, s in pairs)
 
 
-def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0, holed=None):
+def look(model, judge, images):
+    """What the judge, weights from judge_weights, sees in images (B, channels, H, W): as Encoder.forward."""
+    return torch.func.functional_call(model.encoder, judge, images)
+
+
+def judge_views(model, judge, images, z, x_hat, views, slices, layer_weight):
+    """Judge x_hat, decoded from z, as a reconstruction of `images` -> distance, mean over views of d(J(T(images)),
+    J(T(x_hat))), plus layer_weight times the same for the judge's inner activations; SIGReg; the terms by name."""
+    live = any(weight.requires_grad for weight in judge.values())
+    codes, distance, layers = [z], 0.0, 0.0
+    for share, name, draw in views:
+        with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
+            target, target_layers = look(model, judge, apply_transform(name, draw, images))
+        seen, seen_layers = look(model, judge, apply_transform(name, draw, x_hat))
+        distance = distance + share * code_distance(target, seen)
+        if layer_weight:
+            layers = layers + share * layer_distance(target_layers, seen_layers)
+        if live:  # normalised by their own batch: the running statistics belong to full images
+            codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
+    gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
+    terms = {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
+    return distance + layer_weight * layers, gaussian, terms
+
+
+def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
     """The self-teaching objective for images (B, channels, H, W) in [0, 1] -> loss (scalar), its terms by name.
     views: from draw_views. slices: (C, M) from draw_slices. judge: from judge_weights; if it requires gradient (live),
     it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: for the inner activations.
-    holed: the images with holes (cut_holes), for the masked objective: the reconstructions from both inputs shall look
-    like `images`, and like each other. The author calls it leAutoencoder."""
+    """
+    z = model.encode(images)  # (B, C, h, w)
+    x_hat = model.decode(z)  # (B, channels, H, W)
+    distance, gaussian, terms = judge_views(model, judge, images, z, x_hat, views, slices, layer_weight)
+    return distance + sigreg_weight * gaussian, terms
 
-    def look(images):
-        return torch.func.functional_call(model.encoder, judge, images)
 
-    live = any(weight.requires_grad for weight in judge.values())
-    with torch.set_grad_enabled(live):  # what the judge sees in the original is the target, a constant
-        targets = [look(apply_transform(name, draw, images)) for _, name, draw in views]
-
-    def branch(z):
-        x_hat = model.decode(z)  # (B, channels, H, W)
-        codes, distance, layers = [z], 0.0, 0.0
-        for (share, name, draw), (target, target_layers) in zip(views, targets):
-            seen, seen_layers = look(apply_transform(name, draw, x_hat))
-            distance = distance + share * code_distance(target, seen)
-            if layer_weight:
-                layers = layers + share * layer_distance(target_layers, seen_layers)
-            if live:  # normalised by their own batch: the running statistics belong to full images
-                codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
-        gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
-        terms = {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
-        return x_hat, distance + layer_weight * layers, sigreg_weight * gaussian, terms
-
-    if holed is None:
-        x_hat, distance, gaussian, terms = branch(model.encode(images))  # the code: (B, C, h, w)
-        return distance + gaussian, terms
-    # One call for both: normalised apart, they would need running statistics of their own, and would have one for two
+def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
+    """The masked objective, which the author calls leAutoencoder -> loss (scalar), its terms by name. holed: the images
+    with holes (cut_holes). What is decoded from either must look like `images`, and like the other; the rest as above.
+    Both are normalised in one call: apart, the running average of their two statistics would fit neither."""
     z, z_holed = model.encode(torch.cat((images, holed))).split(len(images))
-    x_hat, distance, gaussian, terms = branch(z)
-    x_holed, distance_holed, gaussian_holed, terms_holed = branch(z_holed)
-    agreement = code_distance(look(x_hat)[0], look(x_holed)[0])  # untransformed; gradient flows into both sides
-    terms = {f"{name}_clean": value for name, value in terms.items()}
-    terms |= {f"{name}_masked": value for name, value in terms_holed.items()}
-    loss = (agreement + distance + distance_holed) / 3 + (gaussian + gaussian_holed) / 2
+    x_hat, x_holed = model.decode(z), model.decode(z_holed)
+    draws = views, slices, layer_weight
+    clean, gaussian, terms = judge_views(model, judge, images, z, x_hat, *draws)
+    masked, gaussian_holed, terms_holed = judge_views(model, judge, images, z_holed, x_holed, *draws)
+    seen, seen_holed = look(model, judge, x_hat)[0], look(model, judge, x_holed)[0]
+    agreement = code_distance(seen, seen_holed)  # without T; gradient flows into both sides
+    loss = (agreement + clean + masked) / 3 + sigreg_weight * (gaussian + gaussian_holed) / 2
+    terms = {f"{name}_clean": term for name, term in terms.items()}
+    terms |= {f"{name}_masked": term for name, term in terms_holed.items()}
     return loss, {"agreement": agreement} | terms
 
 
@@ -823,15 +833,17 @@ def learning_rate(step, steps, peak):
 
 def training_loss(model, images, generator, kept, config):
     """Make the step's draws and call the objective that config names -> loss, terms. kept: as in judge_weights."""
-    holed = None
     if config.masked:  # first, so that mse and stae see the same holes
         holed = cut_holes(images, draw_holes(images.shape, generator, config.hole))
+    else:
+        holed = None
     if config.objective == "mse":
         return mse_loss(model, images, holed)
     views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
     slices = draw_slices(config.latent_dim or config.latent_channels, config.slices, generator)
     judge = judge_weights(model.encoder, config.judge, kept)
-    return stae_loss(model, images, views, slices, judge, config.sigreg_weight, config.judge_layers, holed)
+    draws = views, slices, judge, config.sigreg_weight, config.judge_layers
+    return masked_loss(model, images, holed, *draws) if config.masked else stae_loss(model, images, *draws)
 
 
 def train(model, images, steps, config, log_path):

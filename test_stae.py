@@ -680,7 +680,7 @@ def test_masked_objective_in_plain_autograd(kind, latent_dim):
     theirs = copy.deepcopy(ours)
     kept = {name: p.detach() * 1.1 for name, p in ours.encoder.named_parameters()}
     weights = stae.judge_weights(ours.encoder, kind, kept)
-    loss, terms = stae.stae_loss(ours, x, views, slices, weights, 0.07, 0.5, y)
+    loss, terms = stae.masked_loss(ours, x, y, views, slices, weights, 0.07, 0.5)
     loss.backward()
 
     judge = theirs.encoder if kind == "live" else copy.deepcopy(theirs.encoder)
@@ -709,7 +709,7 @@ def test_masked_objective_in_plain_autograd(kind, latent_dim):
     ours, theirs = gradients(ours), gradients(theirs)
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours[name], theirs[name], atol=5e-5, rtol=1e-4)
 
 
 def test_masked_baseline_by_hand():
@@ -754,7 +754,10 @@ def test_sections_2_to_5_run_alone():
             views = names["draw_views"](transform, x.shape, generator())
             kept = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
             weights = names["judge_weights"](model.encoder, judge, kept)
-            names["stae_loss"](model, x, views, names["draw_slices"](4, 8, generator()), weights)[0].backward()
+            draws = views, names["draw_slices"](4, 8, generator()), weights
+            names["stae_loss"](model, x, *draws)[0].backward()
+            holed = names["cut_holes"](x, names["draw_holes"](x.shape, generator(), 0.35))
+            names["masked_loss"](model, x, holed, *draws)[0].backward()
     names["mse_loss"](model, x)[0].backward()
     assert not re.search(r"cuda|argparse|config\.|open\(", SOURCE[start:end])  # no devices, flags or files
 
