@@ -1044,8 +1044,9 @@ def check_flags(given):
     used = [name for name in RUN_FILES if "out" in given and (out / name).exists()]
     if used and trains and "overwrite" not in given:
         raise BadInput(f"--out {out} holds a run ({used[0]}); pass another folder, or --overwrite")
-    dataset = Path(given.get("dataset", "shapes"))
-    if dataset.is_dir() and out.absolute().is_relative_to(dataset.absolute()):
+    dataset = given.get("dataset", "shapes")
+    folder = None if dataset in PRESETS else Path(dataset).resolve()
+    if folder and folder.is_dir() and (trains or "out" in given) and out.resolve().is_relative_to(folder):
         raise BadInput(f"--out {out} is among the images of --dataset {dataset}, and pictures go there; pass another")
     pick_device(given.get("device", "auto"))
 

@@ -1149,7 +1149,9 @@ def test_folder_of_images_end_to_end(here, capsys):
         (here / "photos" / name).mkdir(parents=True)
         for i in range(8):
             save_image(torch.rand(3, 20, 30, generator=generator(i)), here / "photos" / name / f"{i}.png")
-    assert run(f"{TINY} --dataset photos --size 16 --out run") == 0
+    (here / "shapes").mkdir()
+    assert run(f"{TINY} --dataset photos --size 16 --out run") == 0 and run("--eval run --dataset .") == 0
+    assert run(f"{TINY} --dataset shapes --transform none --width 1 --latent-channels 1 --batch-size 1000 --out shapes/run") == 0
     assert run(f"{TINY} --dataset photos --out run2") == 2
     assert "20 pixels" in capsys.readouterr().err and not Path("run2").exists()
 
