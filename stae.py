@@ -633,9 +633,9 @@ def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, 
     Both are normalised in one call: apart, the running average of their two statistics would fit neither."""
     z, z_holed = model.encode(torch.cat((images, holed))).split(len(images))
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
-    draws = views, slices, layer_weight
-    clean, gaussian, terms = judge_views(model, judge, images, z, x_hat, *draws)
-    masked, gaussian_holed, terms_holed = judge_views(model, judge, images, z_holed, x_holed, *draws)
+    rest = views, slices, layer_weight
+    clean, gaussian, terms = judge_views(model, judge, images, z, x_hat, *rest)
+    masked, gaussian_holed, terms_holed = judge_views(model, judge, images, z_holed, x_holed, *rest)
     seen, seen_holed = look(model, judge, x_hat)[0], look(model, judge, x_holed)[0]
     agreement = code_distance(seen, seen_holed)  # without T; gradient flows into both sides
     loss = (agreement + clean + masked) / 3 + sigreg_weight * (gaussian + gaussian_holed) / 2
@@ -842,8 +842,8 @@ def training_loss(model, images, generator, kept, config):
     views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
     slices = draw_slices(config.latent_dim or config.latent_channels, config.slices, generator)
     judge = judge_weights(model.encoder, config.judge, kept)
-    draws = views, slices, judge, config.sigreg_weight, config.judge_layers
-    return masked_loss(model, images, holed, *draws) if config.masked else stae_loss(model, images, *draws)
+    rest = views, slices, judge, config.sigreg_weight, config.judge_layers
+    return masked_loss(model, images, holed, *rest) if config.masked else stae_loss(model, images, *rest)
 
 
 def train(model, images, steps, config, log_path):
