@@ -700,6 +700,8 @@ def pca_psnr(train, test, dimensions, device="cpu"):
     mean = flat.mean(dim=0)
     if len(mean) <= 4096:
         basis = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -dimensions:]
+    elif dimensions >= len(flat):  # as many directions as images: all that they span
+        basis = torch.linalg.qr((flat - mean).T).Q
     else:  # too many pixels for their covariance
         with torch.random.fork_rng():
             torch.manual_seed(0)

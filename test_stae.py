@@ -815,6 +815,7 @@ def test_pca_floor_against_numpy():
     before = torch.random.get_rng_state()
     assert stae.pca_psnr(big[:300], big[300:], 20) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 20), abs=0.02)
     assert torch.equal(before, torch.random.get_rng_state())
+    assert stae.pca_psnr(big[:300], big[300:], 320) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 320), abs=0.02)
 
 
 def test_evaluate_whatever_the_batch_size():
