@@ -310,6 +310,12 @@ def test_a_cache_that_cannot_be_written(cached, monkeypatch):
         greys(folder)
 
 
+def test_a_wrong_side_is_told_before_all_is_decoded(cached):
+    with pytest.raises(stae.BadInput, match="pass --size 16"):
+        stae.read_folder(cached[0], size=20)
+    assert [p.name for p in cached[0].parent.iterdir()] == ["photos"]
+
+
 def test_decoding_shows_its_progress(cached, capsys):
     greys(cached[0])
     assert capsys.readouterr().out == "decoded 12 of 12 images\n"
@@ -1079,6 +1085,22 @@ def test_grey_images_and_eval(here, capsys):
     assert "3 channels" in capsys.readouterr().err
     assert run("--compare grey --dataset tiny.npz") == 2
     assert "3 channels" in capsys.readouterr().err
+
+
+def test_eval_overwrites_no_picture_and_knows_older_checkpoints(here):
+    assert run(f"{TINY} --out run") == 0
+    Path("run/eval-tiny.png").write_text("mine")
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    for newer in ("masked", "hole", "latent_dim"):
+        del checkpoint["config"][newer]
+    torch.save(checkpoint, "run/checkpoint.pt")
+    assert run("--eval run") == 0
+    assert Path("run/eval-tiny.png").read_text() == "mine" and Path("run/eval-tiny-2.png").exists()
+
+
+def test_a_global_code_larger_than_the_image_is_refused(here, capsys):
+    assert run(f"{TINY.replace('--latent-channels 4', '')} --latent-dim 769") == 2
+    assert "pass 768 or less" in capsys.readouterr().err and not Path("runs").exists()
 
 
 def test_eval_on_other_data_forgets_the_validation_slice(here):
