@@ -223,6 +223,7 @@ def decode_once(folder, names, size, crop):
             header = dict(descr="|u1", fortran_order=False, shape=(len(readable), *image.shape))
             np.lib.format.write_array_header_1_0(out, header)
         os.replace(temporary, cache)
+        print(f"the decoded images are kept in {cache}, {cache.stat().st_size / 1e9:.2f} GB")
     finally:
         temporary.unlink(missing_ok=True)
     return mapped()
@@ -1103,6 +1104,7 @@ def train_command(given):
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
         print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
+    print(f"{len(images):,} images to train on, {len(test_images):,} to test on")
     steps = config.epochs * (len(images) // config.batch_size)
     if steps < 300:
         print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")

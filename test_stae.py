@@ -318,7 +318,8 @@ def test_a_wrong_side_is_told_before_all_is_decoded(cached):
 
 def test_decoding_shows_its_progress(cached, capsys):
     greys(cached[0])
-    assert capsys.readouterr().out == "decoded 12 of 12 images\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "decoded 12 of 12 images" and "photos.stae-16.npy, 0.00 GB" in said[1] and len(said) == 2
 
 
 def test_mapped_and_resident_images_give_the_same_batches(cached):
