@@ -599,8 +599,9 @@ def look(model, judge, images):
 
 
 def judge_views(model, judge, images, z, x_hat, views, slices, layer_weight):
-    """Judge x_hat, decoded from z, as a reconstruction of `images` -> distance, mean over views of d(J(T(images)),
-    J(T(x_hat))), plus layer_weight times the same for the judge's inner activations; SIGReg; the terms by name."""
+    """Judge x_hat, decoded from z (B, C, h, w), as a reconstruction of `images`, both (B, channels, H, W) -> distance,
+    mean over views of d(J(T(images)), J(T(x_hat))) plus layer_weight times the same for the judge's inner activations;
+    SIGReg, mean over z and, for a live judge, the transformed codes; the terms by name."""
     live = any(weight.requires_grad for weight in judge.values())
     codes, distance, layers = [z], 0.0, 0.0
     for share, name, draw in views:
@@ -629,8 +630,9 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
 
 
 def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
-    """The masked objective, which the author calls leAutoencoder -> loss (scalar), its terms by name. holed: the images
-    with holes (cut_holes). What is decoded from either must look like `images`, and like the other; the rest as above.
+    """The masked objective, which the author calls leAutoencoder -> loss (scalar), its terms by name. holed: `images`
+    with holes (cut_holes). What is decoded from either must look like `images`, and like the other; the rest as in
+    stae_loss: loss = mean of the three distances + sigreg_weight * mean of the two SIGRegs.
     Both are normalised in one call: apart, the running average of their two statistics would fit neither."""
     z, z_holed = model.encode(torch.cat((images, holed))).split(len(images))
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
@@ -767,12 +769,13 @@ def evaluate(model, train, test, batch_size=250, hole=None):
 
 
 def fixed_holes(images, hole):
-    """The holes of test images, (N, 4): the same for every model and on every device."""
+    """The holes of test images (N, C, S, S), of that share of the area in (0, 1), as boxes (N, 4) on the CPU: the same
+    for every model and on every device."""
     return draw_holes(images.shape, generator_for("cpu", 0), hole)
 
 
 def evaluate_holes(model, train, test, hole, batch_size):
-    """What `evaluate` adds when the input has a hole."""
+    """What `evaluate` adds when the input has a hole: the keys of EXPLAIN from "hole" to "masked_ssim"."""
     device = next(model.parameters()).device
     mean_image, rows = sample_of(train, device).mean(dim=0), []
     for images, holes in zip(test.split(batch_size), fixed_holes(test, hole).split(batch_size)):
@@ -836,10 +839,8 @@ def learning_rate(step, steps, peak):
 
 def training_loss(model, images, generator, kept, config):
     """Make the step's draws and call the objective that config names -> loss, terms. kept: as in judge_weights."""
-    if config.masked:  # first, so that mse and stae see the same holes
-        holed = cut_holes(images, draw_holes(images.shape, generator, config.hole))
-    else:
-        holed = None
+    # The holes are drawn first, so that mse and stae see the same
+    holed = cut_holes(images, draw_holes(images.shape, generator, config.hole)) if config.masked else None
     if config.objective == "mse":
         return mse_loss(model, images, holed)
     views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
