@@ -9,6 +9,7 @@ autoencoder 29.9, PCA 24.1), CIFAR-10 at 21.2 dB (the plain autoencoder 22.8, PC
     python stae.py --dataset celeba --masked             # faces, with a hole in them
     python stae.py --dataset my_photos/ --size 64        # any folder of images, or an .npz
     python stae.py --eval runs/NAME/checkpoint.pt        # the table and the picture again
+    python stae.py --pictures runs/NAME/checkpoint.pt    # what its code is like
 
 The method, whole in sections 2 to 5:
 
@@ -27,6 +28,7 @@ SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544 (November 2025).
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pytest>=8"]
 # ///
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -282,9 +284,9 @@ def read_celeba(root, size=None):
 
 def load_data(dataset, root="data", size=None, validation=0):
     """Load "shapes", "cifar10", "celeba" (in or to `root`), a folder of images or an .npz -> (images, labels) to train,
-    to test. Images are (N, C, S, S) uint8 on the CPU, a memory map when they are many files; labels (N,) int64 or None.
-    size: S, to resize to. A set without a test split holds out a tenth, always the same. validation: so many of the
-    last training images become the test split."""
+    to test. Images are (N, C, S, S) uint8 on the CPU, a memory map when they are many files; labels (N,) int64 from 0,
+    or None. size: S, to resize to. A set without a test split holds out a tenth, always the same. validation: so many
+    of the last training images become the test split."""
     if dataset == "shapes":
         images, labels, test_count = make_shapes()
     elif dataset == "cifar10":
@@ -303,6 +305,8 @@ def load_data(dataset, root="data", size=None, validation=0):
     side = size or min(images.shape[2:])
     if images.shape[2:] != (side, side):
         images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
+    if labels is not None:
+        labels = labels.unique(return_inverse=True)[1]
     cut = train_count - validation
     ends = [slice(cut), slice(cut, train_count) if validation else slice(train_count, None)]
     return [(images[part], None if labels is None else labels[part]) for part in ends]
@@ -342,8 +346,7 @@ DETAILS = ("blur", "colour", "edges", "residual", "contrast")  # what "stack" is
 
 def draw_boxes(shape, generator, smallest, largest):
     """Draw crop boxes for images of `shape` (B, C, H, W) -> (B, 4) int64 (top, left, height, width), in whole pixels.
-    The side, a fraction of the image's, is log-uniform in [smallest, largest], at least a pixel; the place is uniform.
-    """
+    The side, a fraction of the image's, is log-uniform in [smallest, largest], from one pixel; the place is uniform."""
     smallest = max(smallest, 1 / max(shape[2:]))
     size = torch.tensor(shape[2:], device=generator.device)  # (H, W)
     uniform = torch.rand(shape[0], 3, device=generator.device, generator=generator)
@@ -368,8 +371,7 @@ def crop(images, boxes):
 
 def draw_mask(kind, shape, generator, ratio):
     """Draw a mask for images of `shape` (B, C, H, W) -> float, broadcastable to it, 1 to keep and 0 to black out.
-    pixel, patch (4x4): exactly round(ratio * places) are 0, shared by the channels. channel: each with chance `ratio`.
-    """
+    pixel, patch (4x4): exactly round(ratio * places) are 0, shared by channels. channel: each with chance `ratio`."""
     batch, channels, height, width = shape
     if kind == "channel":
         return (torch.rand(batch, channels, 1, 1, device=generator.device, generator=generator) >= ratio).float()
@@ -621,8 +623,7 @@ def judge_views(model, judge, images, z, x_hat, views, slices, layer_weight):
 def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
     """The self-teaching objective for images (B, channels, H, W) in [0, 1] -> loss (scalar), its terms by name.
     views: from draw_views. slices: (C, M) from draw_slices. judge: from judge_weights; if it requires gradient (live),
-    it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: for the inner activations.
-    """
+    it gets it from both sides, and SIGReg acts on the transformed codes too. layer_weight: of the inner activations."""
     z = model.encode(images)  # (B, C, h, w)
     x_hat = model.decode(z)  # (B, channels, H, W)
     distance, gaussian, terms = judge_views(model, judge, images, z, x_hat, views, slices, layer_weight)
@@ -674,14 +675,11 @@ def luma_chroma(images):
 def ssim(x, y):
     """Structural similarity of (B, C, H, W) in [0, 1], sides at least 11 -> (B,), 1 for equal images.
     Wang et al. 2004: Gaussian window of 11, sigma 1.5, inside the image only; mean over channels and places."""
-    window = torch.exp(-((torch.arange(11, device=x.device) - 5) ** 2) / (2 * 1.5**2))
-    window = torch.outer(window, window)[None, None] / window.sum() ** 2
-    channels = x.shape[1]
-    x, y = (images.flatten(0, 1)[:, None] for images in (x, y))  # (B*C, 1, H, W): each channel an image of its own
-    mx, my, xx, yy, xy = (F.conv2d(images, window) for images in (x, y, x * x, y * y, x * y))
+    means = (TF.gaussian_blur(images, 11, 1.5) for images in (x, y, x * x, y * y, x * y))
+    mx, my, xx, yy, xy = (mean[:, :, 5:-5, 5:-5] for mean in means)
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
-    return score.unflatten(0, (-1, channels)).mean(dim=(1, 2, 3, 4))
+    return score.mean(dim=(1, 2, 3))
 
 
 def variation(images, inside=None):
@@ -692,25 +690,37 @@ def variation(images, inside=None):
     return sum((images.diff(dim=dim).abs() * count).flatten(1).sum(dim=1) for dim, count in counts)
 
 
-def sample_of(images, device):
-    """Evenly spaced images, as floats on `device` (n, C, H, W), at most 2 GB of them."""
-    return as_float(images[:: 1 + images.numel() // 2**29].to(device))
-
-
-def pca_psnr(train, test, dimensions, device="cpu"):
-    """PSNR on `test` of the best linear code of that many numbers, fitted on `train`: both (N, C, H, W) uint8 -> dB."""
-    flat = sample_of(train, device).flatten(1)  # (N, C*H*W)
-    mean = flat.mean(dim=0)
+def principal_axes(flat, count):
+    """The directions of largest variance of (N, D), N from 1 -> their mean (D,), axes (D, K), the leading first; K is
+    `count`, or fewer when the points span fewer."""
+    mean, count = flat.mean(dim=0), min(count, len(flat) - 1)
     if len(mean) <= 4096:
-        basis = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -dimensions:]
-    elif dimensions >= len(flat):  # as many directions as images: all that they span
-        basis = torch.linalg.qr((flat - mean).T).Q
-    else:  # too many pixels for their covariance
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            basis = torch.svd_lowrank(flat - mean, q=min(dimensions + 16, *flat.shape), niter=4)[2][:, :dimensions]
-    rest = (as_float(part.to(device)).flatten(1) - mean for part in test.split(1000))
-    return psnr(sum((x - x @ basis @ basis.T).square().sum().item() for x in rest) / test.numel())
+        return mean, torch.linalg.eigh(torch.cov(flat.T, correction=0)).eigenvectors.flip(1)[:, :count]
+    if count == len(flat) - 1:  # all that they span
+        return mean, torch.linalg.qr((flat - mean).T).Q[:, :count]
+    with torch.random.fork_rng():  # too many dimensions for a covariance
+        torch.manual_seed(0)
+        return mean, torch.svd_lowrank(flat - mean, q=min(count + 16, *flat.shape), niter=4)[2][:, :count]
+
+
+class PCA:
+    """The best linear code of so many numbers for images (N, C, H, W) uint8: encode and decode as an Autoencoder's."""
+
+    def __init__(self, images, dimensions, device="cpu"):
+        self.shape = images.shape[1:]
+        sample = as_float(images[:: 1 + images.numel() // 2**29].to(device))  # evenly spaced, at most 2 GB
+        self.mean, self.axes = principal_axes(sample.flatten(1), dimensions)
+
+    def encode(self, images):
+        return (images.flatten(1) - self.mean) @ self.axes
+
+    def decode(self, z):
+        return (z @ self.axes.T + self.mean).unflatten(1, self.shape)
+
+
+def collect(function, images, device, batch_size=250):
+    """What `function` makes of images (N, C, H, W) uint8, taken as floats on `device`, batch by batch -> (N, ...)."""
+    return torch.cat([function(as_float(part.to(device))) for part in images.split(batch_size)])
 
 
 EXPLAIN = {  # every number of the table, and the keys of metrics.json
@@ -731,6 +741,24 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "masked_ssim": "structural similarity, reconstructions of images with holes",
     "pca_psnr": "dB, of the best linear code of the same size",
     "code_size": "numbers per image",
+    "rankme": "effective number of dimensions that the codes fill",
+    "probe_code": "% correct, linear probe on the code",
+    "probe_random_code": "% correct, linear probe on the code of an untrained encoder",
+    "probe_pca": "% correct, linear probe on a PCA code of the same size",
+    "probe_pixels": "% correct, linear probe on the pixels, averaged to at most 4,096 numbers",
+    "probe_features": "% correct, linear probe on the activations before the last Down, averaged likewise",
+    "probe_random": "% correct, the same on those of an untrained encoder",
+    "knn_code": "% correct, 20 nearest neighbours in the code",
+    "knn_features": "% correct, 20 nearest neighbours in the activations",
+    "few10": "% correct, linear probe on the code, from 10 labels a class; - when one has fewer",
+    "few100": "% correct, the same from 100",
+    "kmeans_inertia": "variance within clusters of codes, as many as classes, over all",
+    "kmeans_nmi": "what those clusters tell of the classes, from 0 to 1",
+    "alignment": "what PCA of this size keeps of the classes, 0 to 1; says nothing of the model",
+    "recognition": "% of reconstructions that a classifier of originals gets right",
+    "recognition_original": "% of originals that it gets right",
+    "recognition_pca": "% of PCA reconstructions that it gets right",
+    "accuracy_error": "% points, standard error at most of these from so many test images",
     "parameters": "weights of encoder and decoder",
     "train_seconds": "training alone",
     "images_per_second": "training alone",
@@ -739,11 +767,34 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
 
 
 @torch.no_grad()
-def evaluate(model, train, test, batch_size=250, hole=None):
+def evaluate(model, train, test, hole=None, probe=True, classifier=None, batch_size=250):
     """Measure a model on a whole split -> the keys of EXPLAIN up to "parameters". Leaves the model in eval mode.
-    train, test: (N, C, H, W) uint8, here or elsewhere; train serves the PCA floor and the mean image alone.
-    hole: of which share of the area, for the keys that speak of holes too."""
+    train, test: (images (N, C, H, W) uint8, here or elsewhere; labels (N,) or None) as load_data returns them; train
+    serves the floors and the probes alone. hole: share of the area, for the keys that speak of holes. probe: for those
+    of what the code knows. classifier: from train_classifier, for those of recognition."""
     model.eval()
+    (images, _), (test_images, labels) = train, test
+    device = next(model.parameters()).device
+    results = evaluate_images(model, test_images, batch_size)
+    pca = PCA(images, results["code_size"], device)
+    error = collect(lambda x: (pca.decode(pca.encode(x)) - x).square().mean(dim=(1, 2, 3)), test_images, device)
+    results |= {"pca_psnr": psnr(error.double().mean().item())}
+    if hole:
+        results |= evaluate_holes(model, pca.mean.view_as(images[0]), test_images, hole, batch_size)
+    if probe:
+        results |= evaluate_codes(model, pca, train, test)
+    if classifier:
+        reads = {"": lambda x: model(x), "_original": lambda x: x, "_pca": lambda x: pca.decode(pca.encode(x))}
+        for name, read in reads.items():
+            guess = collect(lambda x: classifier(read(x)), test_images, device).argmax(dim=1)
+            results["recognition" + name] = accuracy(guess, labels)
+    if results.keys() & {"probe_code", "recognition"}:
+        results["accuracy_error"] = 50 / len(labels) ** 0.5
+    return results
+
+
+def evaluate_images(model, test, batch_size):
+    """What `evaluate` says of reconstructions and codes of images (N, C, H, W) uint8 whatever else it is asked."""
     device = next(model.parameters()).device
     rows, codes = [], []
     for images in test.split(batch_size):
@@ -756,16 +807,14 @@ def evaluate(model, train, test, batch_size=250, hole=None):
     codes = torch.cat(codes)  # (N, C, h, w)
     slices = draw_slices(codes.shape[1], 256, generator_for(device, 0))
     groups = codes.split(128)[: max(1, len(codes) // 128)]
-    results = {
+    return {
         "psnr": psnr(mse), "psnr_luma": psnr(luma), "psnr_chroma": psnr(chroma), "mse": mse, "ssim": similarity,
         "sharpness": sharp / max(sharp_original, 1e-9),
         "sigreg": sum(sigreg(group, slices).item() for group in groups) / len(groups),
         "min_std": codes.std(dim=0, correction=0).mean(dim=(1, 2)).min().item(),
-        "pca_psnr": pca_psnr(train, test, codes[0].numel(), device),
         "code_size": codes[0].numel(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
     }
-    return results | (evaluate_holes(model, train, test, hole, batch_size) if hole else {})
 
 
 def fixed_holes(images, hole):
@@ -774,10 +823,9 @@ def fixed_holes(images, hole):
     return draw_holes(images.shape, generator_for("cpu", 0), hole)
 
 
-def evaluate_holes(model, train, test, hole, batch_size):
+def evaluate_holes(model, mean_image, test, hole, batch_size):
     """What `evaluate` adds when the input has a hole: the keys of EXPLAIN from "hole" to "masked_ssim"."""
-    device = next(model.parameters()).device
-    mean_image, rows = sample_of(train, device).mean(dim=0), []
+    device, rows = next(model.parameters()).device, []
     for images, holes in zip(test.split(batch_size), fixed_holes(test, hole).split(batch_size)):
         x, holes = as_float(images.to(device)), holes.to(device)
         x_hat, inside = model(cut_holes(x, holes)), hole_mask(holes, x.shape[3])
@@ -794,6 +842,168 @@ def evaluate_holes(model, train, test, hole, batch_size):
     }
 
 
+RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths that a linear probe chooses from
+
+
+def accuracy(guess, labels):
+    """Per cent of the labels (N,) that were guessed."""
+    return 100 * (guess.cpu() == labels.cpu()).double().mean().item()
+
+
+def ridge(x, y, strengths):
+    """Ridge regression of y (N, K) on x (N, D) -> for each strength the weights (D, K) that minimise the mean over N of
+    |x @ weights - y|^2, sum over K, plus strength * |weights|^2."""
+    wide = x.shape[1] > len(x)  # then solve for N numbers instead of D
+    gram, right = (part.double() for part in ((x @ x.T, y) if wide else (x.T @ x, x.T @ y)))
+    for strength in strengths:
+        regularised = gram + strength * len(x) * torch.eye(len(gram), device=x.device, dtype=gram.dtype)
+        weights = torch.cholesky_solve(right, torch.linalg.cholesky(regularised)).float()
+        yield x.T @ weights if wide else weights
+
+
+def linear_probe(x, labels, test, test_labels):
+    """Per cent of test (M, D) that ridge regression on one-hot labels of x (N, D), in random order, gets right. The
+    features are standardised. Its strength is that of RIDGE which does best on the last fifth of x, in images right, or
+    in squared error when they are fewer than 1,000 and their count is too coarse."""
+    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
+    x, test = (x - mean) / scale, (test - mean) / scale
+    y, cut = F.one_hot(labels).float(), max(1, len(x) * 4 // 5)
+
+    def scores(known, asked, strengths):
+        share = y[:known].mean(dim=0)
+        return [asked @ weights + share for weights in ridge(x[:known], y[:known] - share, strengths)]
+
+    def merit(score):
+        if len(score) >= 1000:
+            return accuracy(score.argmax(dim=1), labels[cut:])
+        return -(score - y[cut:]).square().mean().item()
+
+    tried = [merit(score) for score in scores(cut, x[cut:], RIDGE)]
+    best = RIDGE[tried.index(max(tried))]
+    return accuracy(scores(len(x), test, [best])[0].argmax(dim=1), test_labels)
+
+
+def few_labels(x, labels, test, test_labels, per_class, draws=5):
+    """linear_probe from so many images of each class, mean over draws; nan when a class has fewer."""
+    if labels.unique(return_counts=True)[1].min() < per_class:
+        return math.nan
+    total = 0.0
+    for draw in range(draws):
+        order = torch.randperm(len(x), generator=generator_for("cpu", draw)).to(x.device)
+        rank = F.one_hot(labels[order]).cumsum(dim=0).gather(1, labels[order, None])[:, 0]  # within its class, from 1
+        few = order[rank <= per_class]
+        total += linear_probe(x[few], labels[few], test, test_labels)
+    return total / draws
+
+
+def knn(x, labels, test, test_labels, k=20):
+    """Per cent of test (M, D) that the majority of their k nearest of x (N, D) by cosine gets right; ties go to the
+    smaller label."""
+    x, test = F.normalize(x), F.normalize(test)
+    nearest = [labels[(part @ x.T).topk(min(k, len(x))).indices] for part in test.split(1000)]  # (1000, k) each
+    return accuracy(torch.cat([F.one_hot(votes).sum(dim=1).argmax(dim=1) for votes in nearest]), test_labels)
+
+
+def k_means(x, clusters, generator, starts=3, rounds=100):
+    """Lloyd's k-means from k-means++ (Arthur and Vassilvitskii, 2007), the best of some starts -> variance within the
+    clusters over all variance of x (N, D), nan when that is 0; the cluster of each (N,)."""
+    x, best, owner = x.double(), math.inf, None
+    for _ in range(starts):
+        centres = x[torch.randint(len(x), (1,), generator=generator, device=x.device)]
+        far = torch.full_like(x[:, 0], math.inf)
+        while len(centres) < clusters:
+            far = torch.minimum(far, (x - centres[-1]).square().sum(dim=1))
+            centres = torch.cat((centres, x[torch.multinomial(far + 1e-12, 1, generator=generator)]))
+        for _ in range(rounds):
+            nearest = torch.cdist(x, centres).argmin(dim=1)
+            members = F.one_hot(nearest, clusters).double()  # (N, clusters)
+            moved = members.T @ x / members.sum(dim=0)[:, None].clamp(min=1)
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        within = (x - centres[nearest]).square().sum().item()
+        if within < best:
+            best, owner = within, nearest
+    total = (x - x.mean(dim=0)).square().sum().item()
+    return best / total if total else math.nan, owner
+
+
+def mutual_information(a, b):
+    """What labels a (N,) tell of labels b (N,), over the mean of their entropies -> 0 to 1, nan when both have one."""
+    joint = F.one_hot(a).double().T @ F.one_hot(b).double() / len(a)
+    whole, one, other = (-torch.xlogy(p, p).sum() for p in (joint, joint.sum(dim=1), joint.sum(dim=0)))
+    return (2 * (one + other - whole) / (one + other)).clamp(min=0).item()
+
+
+def rankme(codes):
+    """Effective rank of codes (N, D): exp of the entropy of their singular values. Garrido et al., arXiv 2210.02885."""
+    codes = codes.double()  # in float32 the small ones would be noise
+    gram = codes.T @ codes if codes.shape[1] < len(codes) else codes @ codes.T
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share = values / values.sum() + 1e-5
+    return torch.exp(-torch.xlogy(share, share).sum()).item()
+
+
+def alignment(pixels, labels, count):
+    """What the `count` leading principal directions of pixels (N, D) keep of the labels (N,): with X = U S V' the
+    centred pixels (D, N), of rank R, and Y their one-hot labels (K, N), |Y V_count|^2 / |Y V_R|^2, from 0 to 1,
+    nan for a single class. Balestriero and LeCun, arXiv 2402.11337, Eq. 7."""
+    if labels.min() == labels.max():
+        return math.nan
+    centred = (pixels - pixels.mean(dim=0)).double()
+    values, axes = torch.linalg.eigh(centred.T @ centred)  # squares of S, smallest first, and U
+    found = (F.one_hot(labels).double().T @ centred @ axes).square().sum(dim=0)  # |Y V|^2 times squares of S
+    share = torch.where(values > 1e-10 * values[-1], found / values, 0.0).flip(0)
+    return (share[:count].sum() / share.sum()).item()
+
+
+def pooled(maps):
+    """(B, C, h, w) averaged over places, when need be, until at most 4,096 numbers are left."""
+    return F.adaptive_avg_pool2d(maps, min(maps.shape[2], max(1, math.isqrt(4096 // maps.shape[1]))))
+
+
+def untrained(model):
+    """A copy of the model with random weights, always the same: what the network gives before it learns."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return fresh
+
+
+def evaluate_codes(model, pca, train, test):
+    """What `evaluate` adds of the code's worth: the keys of EXPLAIN from "rankme" to "alignment", from at most 20,000
+    training images, the same for every model. Without labels it is rankme alone."""
+    (images, labels), (test_images, test_labels) = train, test
+    device, fresh = next(model.parameters()).device, untrained(model)
+    picked = torch.randperm(len(images), generator=generator_for("cpu", 0))[:20_000]
+    images = images[picked.to(images.device)]
+    results = {"rankme": rankme(collect(model.encode, images[:10_000], device).flatten(1))}
+    if labels is None or labels.max() >= 1000:
+        print("no labels, or of more than 1,000 classes: probes, neighbours, k-means and alignment are skipped")
+        return results
+    y, test_y = labels[picked].to(device), test_labels.to(device)
+    reads = {
+        "code": model.encode, "random_code": fresh.encode, "pca": pca.encode, "pixels": pooled,
+        "features": lambda x: pooled(model.encoder(x)[1][1]), "random": lambda x: pooled(fresh.encoder(x)[1][1]),
+    }
+    for name, read in reads.items():
+        known = collect(read, images, device).flatten(1), y
+        unknown = collect(read, test_images, device).flatten(1), test_y
+        results[f"probe_{name}"] = linear_probe(*known, *unknown)
+        if name in ("code", "features"):
+            results[f"knn_{name}"] = knn(*known, *unknown)
+        if name == "code":
+            results |= {f"few{count}": few_labels(*known, *unknown, count) for count in (10, 100)}
+            inertia, clusters = k_means(known[0], len(y.unique()), generator_for(device, 0))
+            results |= {"kmeans_inertia": inertia, "kmeans_nmi": mutual_information(clusters, y)}
+        if name == "pixels" and known[0].shape[1] == images[0].numel():  # not pooled
+            results["alignment"] = alignment(*known, pca.axes.shape[1])
+    return results
+
+
 @torch.no_grad()
 def pictures(models, images, hole=None):
     """Rows for save_rows: 16 test images (of (N, C, H, W) uint8), then what each model makes of them. With a hole: the
@@ -805,15 +1015,58 @@ def pictures(models, images, hole=None):
     return [x, *inputs[:-1], *(model(batch) for model in models for batch in inputs)]
 
 
+@torch.no_grad()
+def code_pictures(model, train, test):
+    """Rows for save_rows that show what the code is like, from train and test images (N, C, H, W) uint8 -> for each
+    picture what its rows are, and they. Neighbours and statistics are of at most 20,000 training images."""
+    device, generator = next(model.parameters()).device, generator_for("cpu", 0)
+    train = train[torch.randperm(len(train), generator=generator)[:20_000].to(train.device)]
+    x = as_float(test[:16].to(device))
+    z = model.encode(x)
+    codes = collect(model.encode, train, device).flatten(1)  # (N, D)
+
+    def decode(flat):
+        return model.decode(flat.view(-1, *z.shape[1:]))
+
+    drawn = {}
+    mean, axes = principal_axes(codes, 8)
+    steps = torch.linspace(-3, 3, 9, device=device)[:, None]
+    rows = [decode(mean + steps * ((codes - mean) @ axis).std() * axis) for axis in axes.T]
+    drawn["walk"] = "a leading principal direction of the code each, from -3 to 3 deviations about the mean", rows
+
+    share = torch.linspace(0, 1, 9, device=device).view(-1, 1, 1, 1)
+    rows = [row for i in range(0, min(8, len(x) - 1), 2)
+            for row in (model.decode(z[i].lerp(z[i + 1], share)), x[i].lerp(x[i + 1], share))]
+    drawn["interpolation"] = "pairs: between two images' codes, between their pixels", rows
+
+    noise = torch.randn(32, z[0].numel(), generator=generator).to(device)
+    mixed = torch.randn(32, len(codes), generator=generator).to(device) @ (codes - mean) / len(codes) ** 0.5
+    rows = [*decode(noise).split(16), *decode(mean + mixed).split(16)]
+    drawn["samples"] = "two of codes from N(0, I), two from a Gaussian with the codes' mean and covariance", rows
+
+    if z.shape[2] > 1:
+        half = z.shape[2] // 2
+        painted, middle = z.clone(), slice((z.shape[2] - half) // 2, (z.shape[2] - half) // 2 + half)
+        painted[:, :, middle, middle] = z.roll(-1, 0)[:, :, middle, middle]
+        rows = [x, x.roll(-1, 0), model.decode(z), model.decode(painted)]
+        drawn["brush"] = "images, others, reconstructions, with a square of the code taken from the other", rows
+
+    rows = [x[:8]]
+    for read in (model.encode, lambda batch: batch):
+        asked = read(x[:8]).flatten(1)
+        far = collect(lambda batch: torch.cdist(read(batch).flatten(1), asked), train, device)  # (N, 8)
+        nearest = far.topk(min(3, len(far)), dim=0, largest=False).indices
+        rows += [as_float(train[row.to(train.device)].to(device)) for row in nearest]
+    drawn["neighbours"] = "test images, their three nearest training images by code, the three by pixels", rows
+    return drawn
+
+
 def report(results, path):
     """Print the table, and write it to `path` as JSON; what has no finite value is null there and a dash on screen."""
-    results = {name: value if math.isfinite(value) else None for name, value in results.items()}
-    for name, meaning in EXPLAIN.items():
-        if name not in results:
-            continue
-        value = results[name]
+    results = {name: results[name] if math.isfinite(results[name]) else None for name in EXPLAIN if name in results}
+    for name, value in results.items():
         text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-        print(f"{name:18}{text:>10}  {meaning}")
+        print(f"{name:20}{text:>10}  {EXPLAIN[name]}")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
 
@@ -894,14 +1147,54 @@ def train(model, images, steps, config, log_path):
     return kept, seconds
 
 
+def make_classifier(channels, classes, side):
+    """A small convolutional classifier: images (B, channels, side, side) in [0, 1], the side from 16, averaged to less
+    than 128 -> scores (B, classes). Its initial weights are always the same."""
+
+    def block(inputs, outputs):
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    half = nn.MaxPool2d(2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.AvgPool2d(max(1, side // 64)), *block(channels, 32), half, *block(32, 64), half]
+        layers += [*block(64, 128), *block(128, 128), half, *block(128, 128)]
+        layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes)]
+    return nn.Sequential(*layers)
+
+
+def train_classifier(model, images, labels, precision, steps=2000):
+    """Train a classifier on images (N, C, S, S) uint8 and labels (N,) from 0, to eval mode. Each step takes 250 images
+    at random, mirrored every other time and shifted by up to a tenth of their side."""
+    device, largest = next(model.parameters()).device, images.shape[2] // 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05, fused=True)
+    begun = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        generator = generator_for("cpu", step)
+        picked = torch.randint(len(images), (250,), generator=generator)
+        shift = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
+        x = as_float(images[picked.to(images.device)].to(device)).roll(shift, dims=(2, 3))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            scores = model(x.flip(3) if step % 2 else x).float()
+        loss = F.cross_entropy(scores, labels[picked].to(device), label_smoothing=0.1)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0.01)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        left = (time.perf_counter() - begun) * (steps / (step + 1) - 1)
+        progress(f"classifier: step {step + 1}/{steps}  {left:.0f} s left", step + 1, steps, step)
+    model.eval()
+
+
 def make_model(config):
     """The Autoencoder that a resolved configuration names."""
     return Autoencoder(config.channels, config.width, config.latent_channels, config.latent_dim, config.size)
 
 
-def save_checkpoint(path, model, kept, config, results):
+def save_whole(path, contents):
     """Write plain dicts and tensors, which load with weights_only=True; the file appears whole or not at all."""
-    torch.save({"config": vars(config), "model": model.state_dict(), "judge": kept, "results": results}, f"{path}.tmp")
+    torch.save(contents, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -939,14 +1232,9 @@ DEFAULTS = dict(  # of all sets; None is filled in by the images
     views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
     batch_size=128, seed=0, device="auto", precision="auto",
 )
+NOT_OF_THE_RUN = ("data", "out", "overwrite", "no_probe", "recognition")  # flags that a checkpoint does not carry
+READERS = {"eval", "pictures", "compare"}  # flags that name runs to look at instead of training one
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are BadInput, one line, instead of the usage of thirty flags."""
-
-    def error(self, message):
-        raise BadInput(message)
 
 
 def number(cast, rule, holds):
@@ -965,7 +1253,12 @@ def number(cast, rule, holds):
 
 def build_parser():
     """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    def error(message):  # one line instead of the usage of thirty flags
+        raise BadInput(message)
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = error
     text = number(str, "a name or a path", lambda text: bool(text.strip()))
     side = number(int, "an integer divisible by 8, from 16 to 4096", lambda n: n % 8 == 0 and 16 <= n <= 4096)
     width = number(int, "an integer from 1 to 4096", lambda n: 1 <= n <= 4096)
@@ -1007,8 +1300,11 @@ def build_parser():
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
     add("--out", type=text, metavar="DIR", help="folder to write to (default: a new one under runs/)")
     add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
+    add("--no-probe", action="store_true", default=None, help="leave out what is measured of the code with labels")
+    add("--recognition", action="store_true", default=None, help="let a classifier of originals name reconstructions")
     add = group.add_mutually_exclusive_group().add_argument
     add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
+    add("--pictures", type=Path, metavar="CHECKPOINT", help="draw what its code is like")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="draw what each run folder makes of the test images")
     return parser
 
@@ -1036,12 +1332,14 @@ def check_flags(given):
         raise BadInput("--latent-dim and --latent-channels: pass one; before a global code there are --width channels")
     if "hole" in given and not given.keys() & {"masked", "eval", "compare"}:
         raise BadInput(f"--hole {given['hole']}: add --masked, or leave it out")
+    for name in given.keys() & {"recognition", "no_probe"} if given.keys() & {"pictures", "compare"} else ():
+        raise BadInput(f"--{name.replace('_', '-')} belongs to a run or to --eval; leave it out")
     low, high = given.get("crop", (0, 1))
     if low > high:
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
     if Path(given.get("data", ".")).exists() and not Path(given.get("data", ".")).is_dir():
         raise BadInput(f"--data {given['data']} is not a folder")
-    trains, out = not given.keys() & {"eval", "compare"}, given.get("out", Path("runs"))
+    trains, out = not given.keys() & READERS, given.get("out", Path("runs"))
     base = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if (trains or "out" in given) and not (base.is_dir() and os.access(base, os.W_OK)):
         raise BadInput(f"--out {out}: {base} is not a folder that can be written; pass another")
@@ -1076,24 +1374,62 @@ def free_path(folder, name, suffix=""):
     return path
 
 
-def load_images(config, given, device):
-    """The images of a run to train and to test on; of the channels that config names, when it does. On the device when
-    they take at most half of its free memory, else a batch at a time goes there."""
+def load_splits(config, given, device):
+    """(images, labels) of a run to train and to test on; of the channels that config names, when it does. Images are on
+    the device when they take at most half of its free memory, else a batch at a time goes there."""
     splits = load_data(config.dataset, given.get("data", "data"), config.size, config.validation)
-    images, test_images = (images for images, _ in splits)
-    if config.channels not in (None, images.shape[1]):
-        raise BadInput(f"--dataset {config.dataset} has {images.shape[1]} channels, the checkpoint {config.channels}")
-    if device.type == "cuda" and images.nbytes + test_images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return images, test_images
-    return images.to(device), test_images.to(device)
+    channels = splits[0][0].shape[1]
+    if config.channels not in (None, channels):
+        raise BadInput(f"--dataset {config.dataset} has {channels} channels, the checkpoint {config.channels}")
+    if "recognition" in given and splits[0][1] is None:
+        raise BadInput(f"--recognition: {config.dataset} has no labels to train a classifier with; leave it out")
+    size = sum(images.nbytes for images, _ in splits)
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        return splits
+    return [(images.to(device), labels) for images, labels in splits]
+
+
+def kept_classifier(train, config, given, device):
+    """The classifier that --recognition asks: trained once for a set of training images, and kept beside them under a
+    name that is made of what they are."""
+    images, labels = train
+    some = images[:: 1 + len(images) // 1000].cpu().contiguous().numpy()
+    stamp = hashlib.sha256(some.tobytes() + labels.numpy().tobytes()).hexdigest()[:8]
+    beside = Path(given.get("data", "data"), config.dataset) if config.dataset in PRESETS else config.dataset
+    path = Path(f"{os.path.abspath(beside)}.stae-classifier-{stamp}.pt")
+    kind = images.shape[1], int(labels.max()) + 1, images.shape[2]
+    try:
+        model = make_classifier(*kind)
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return model.to(device).eval()
+    except Exception:  # not there yet, or damaged, for which torch.load raises many kinds
+        model = make_classifier(*kind).to(device, memory_format=torch.channels_last)
+    train_classifier(model, images, labels, pick_precision(config.precision, device))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(path, model.state_dict())
+        print(f"the classifier is kept in {path}")
+    except (OSError, RuntimeError) as error:  # a full disk is either to torch.save
+        print(f"the classifier is not kept ({error})", file=sys.stderr)
+    return model
+
+
+def measure(model, splits, config, given, results, table, picture):
+    """Evaluate as the flags ask; print and write the table, `results` added, and the picture."""
+    device = next(model.parameters()).device
+    classifier = kept_classifier(splits[0], config, given, device) if "recognition" in given else None
+    hole = config.hole if config.masked or "hole" in given else None
+    report(evaluate(model, *splits, hole, "no_probe" not in given, classifier) | results, table)
+    save_rows(picture, pictures([model], splits[1][0], hole))
 
 
 def train_command(given):
     """Train, measure and draw one run."""
-    config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in ("data", "out", "overwrite")})
+    config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN})
     device = pick_device(config.device)
     config.device, config.precision = str(device), pick_precision(config.precision, device)
-    images, test_images = load_images(config, given, device)
+    splits = load_splits(config, given, device)
+    (images, _), (test_images, _) = splits
     config.channels, config.size = images.shape[1:3]
     row = config.dataset if config.dataset in PRESETS else "cifar10" if config.size <= 64 else "celeba"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
@@ -1121,10 +1457,9 @@ def train_command(given):
     kept, seconds = train(model, images, steps, config, folder / "log.csv")
     speed = round(steps * config.batch_size / seconds, 1)
     results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
-    save_checkpoint(folder / "checkpoint.pt", model, kept, config, results)
-    hole = config.hole if config.masked else None
-    report(evaluate(model, images, test_images, hole=hole) | results, folder / "metrics.json")
-    save_rows(folder / "reconstructions.png", pictures([model], test_images, hole))
+    contents = {"config": vars(config), "model": model.state_dict(), "judge": kept, "results": results}
+    save_whole(folder / "checkpoint.pt", contents)
+    measure(model, splits, config, given, results, folder / "metrics.json", folder / "reconstructions.png")
     x, x_hat = pictures([model], test_images)
     views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
     seen = [apply_transform(name, draw, batch) for _, name, draw in views for batch in (x, x_hat)]
@@ -1145,18 +1480,28 @@ def stored_run(path, given):
     return model, argparse.Namespace(**stored | given), results
 
 
-def eval_command(given):
-    """Measure a checkpoint on its own data or on --dataset; the files, eval-*, go to --out or beside the checkpoint."""
-    model, config, results = stored_run(given["eval"], given)
+def checkpoint_command(given):
+    """--eval: measure a checkpoint on its own data or on --dataset. --pictures: draw what its code is like. The files
+    go to --out or beside the checkpoint."""
+    path = given["eval"] if "eval" in given else given["pictures"]
+    model, config, results = stored_run(path, given)
     device = pick_device(given.get("device", "auto"))
-    images, test_images = load_images(config, given, device)
-    folder = given.get("out") or (config.eval if config.eval.is_dir() else config.eval.parent)
-    hole = config.hole if config.masked or "hole" in given else None
-    results = evaluate(model.to(device), images, test_images, hole=hole) | results
+    splits = load_splits(config, given, device)
+    images = [images for images, _ in splits]
+    if "pictures" in given and min(map(len, images)) < 2:
+        raise BadInput(f"--pictures: {config.dataset} has one image to train or to test on; it takes two of each")
+    folder = given.get("out") or (path if path.is_dir() else path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    path = free_path(folder, f"eval-{Path(config.dataset).absolute().stem}", ".json")
-    report(results, path)
-    save_rows(free_path(folder, path.stem, ".png"), pictures([model], test_images, hole))
+    if "eval" in given:
+        table = free_path(folder, f"eval-{Path(config.dataset).absolute().stem}", ".json")
+        return measure(model.to(device), splits, config, given, results, table, free_path(folder, table.stem, ".png"))
+    drawn = code_pictures(model.to(device), *images)
+    for name, (legend, rows) in drawn.items():
+        path = folder / f"{name}.png" if "overwrite" in given else free_path(folder, name, ".png")
+        save_rows(path, rows)
+        print(f"{path}: rows are {legend}")
+    if "brush" not in drawn:
+        print("brush.png: skipped, the code has no places to paint")
 
 
 def compare_command(given):
@@ -1166,7 +1511,7 @@ def compare_command(given):
     sets = {(config.dataset, config.size, config.channels, config.validation) for config in configs}
     if len(sets) > 1:
         raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
-    test_images = load_images(configs[0], given, torch.device("cpu"))[1]
+    test_images = load_splits(configs[0], given, torch.device("cpu"))[1][0]
     hole = next((config.hole for config in configs if config.masked or "hole" in given), None)
     folder = given.get("out", Path("."))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1185,7 +1530,8 @@ def main(argv=None):
         if "out" in given:
             given["out"] = Path(given["out"])
         check_flags(given)
-        (eval_command if "eval" in given else compare_command if "compare" in given else train_command)(given)
+        commands = {"eval": checkpoint_command, "pictures": checkpoint_command, "compare": compare_command}
+        next((commands[name] for name in commands if name in given), train_command)(given)
         return 0
     except (BadInput, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

@@ -25,7 +25,7 @@ import stae
 
 HERE = Path(__file__).parent
 SOURCE = (HERE / "stae.py").read_text()
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def generator(seed=0):
@@ -327,7 +327,8 @@ def test_mapped_and_resident_images_give_the_same_batches(cached):
     pairs = zip(stae.batches(images, 4, 0, 0, 5), stae.batches(images.clone(), 4, 0, 0, 5, torch.device("cpu")))
     assert all(step == other_step and torch.equal(x, y) for (step, x), (other_step, y) in pairs)
     model, test = tiny_model(), torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=generator())
-    assert stae.evaluate(model, images, test, hole=0.3) == stae.evaluate(model, images.clone(), test, hole=0.3)
+    one, other = (stae.evaluate(model, (train, None), (test, None), hole=0.3) for train in (images, images.clone()))
+    assert one == other
 
 
 def write_cifar10(root, per_file=4):
@@ -351,7 +352,8 @@ def test_cifar10_in_the_official_layout(tmp_path, monkeypatch):
     (train, labels), (test, _) = stae.load_data("cifar10", str(tmp_path))
     assert train.shape == (20, 3, 32, 32) and test.shape == (4, 3, 32, 32)
     assert torch.equal(test, torch.from_numpy(rows["test_batch"][0]).view(4, 3, 32, 32))
-    assert labels[:4].tolist() == rows["data_batch_1"][1]
+    kinds = sorted({kind for _, labels in rows.values() for kind in labels})
+    assert labels[:4].tolist() == [kinds.index(kind) for kind in rows["data_batch_1"][1]]
 
 
 # ------------------------------------------------------------------------------------------------ 2. transforms
@@ -807,6 +809,11 @@ def test_variation_by_hand():
     assert stae.variation(image, inside).item() == pytest.approx(1 + 0.5 + 1)
 
 
+def pca_psnr(train, test, dimensions):
+    pca, x = stae.PCA(train, dimensions), test / 255
+    return stae.psnr((pca.decode(pca.encode(x)) - x).square().mean().item())
+
+
 def numpy_pca_psnr(train, test, dimensions):
     x, y = (images.flatten(1).numpy() / 255.0 for images in (train, test))
     basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:dimensions]
@@ -817,12 +824,12 @@ def numpy_pca_psnr(train, test, dimensions):
 def test_pca_floor_against_numpy():
     images, _, _ = stae.make_shapes(400)
     train, test = images[:300], images[300:]
-    assert stae.pca_psnr(train, test, 20) == pytest.approx(numpy_pca_psnr(train, test, 20), abs=1e-3)
+    assert pca_psnr(train, test, 20) == pytest.approx(numpy_pca_psnr(train, test, 20), abs=1e-3)
     big = F.interpolate(images.float(), scale_factor=4, mode="bilinear")[:, :, :80].to(torch.uint8)  # 80 * 128 > 4096 pixels
     before = torch.random.get_rng_state()
-    assert stae.pca_psnr(big[:300], big[300:], 20) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 20), abs=0.02)
+    assert pca_psnr(big[:300], big[300:], 20) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 20), abs=0.02)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert stae.pca_psnr(big[:300], big[300:], 320) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 320), abs=0.02)
+    assert pca_psnr(big[:300], big[300:], 320) == pytest.approx(numpy_pca_psnr(big[:300], big[300:], 320), abs=0.02)
 
 
 def test_evaluate_whatever_the_batch_size():
@@ -831,7 +838,8 @@ def test_evaluate_whatever_the_batch_size():
     with torch.no_grad():
         for _ in range(20):
             model.encode(torch.rand(32, 3, 16, 16))
-    one, other = stae.evaluate(model, images, images, 130), stae.evaluate(model, images, images, 7)
+    one, other = (
+        stae.evaluate(model, (images, None), (images, None), probe=False, batch_size=size) for size in (130, 7))
     assert one == pytest.approx(other, rel=1e-5)
     with torch.no_grad():
         x = images.float() / 255
@@ -847,6 +855,7 @@ def test_evaluate_whatever_the_batch_size():
         assert one["sharpness"] == pytest.approx((stae.variation(model(x)).sum() / stae.variation(x).sum()).item(), rel=1e-4)
         codes = model.encode(x)
     assert one["code_size"] == 16 and one["min_std"] == pytest.approx(codes.std(dim=0, correction=0).mean(dim=(1, 2)).min().item(), rel=1e-4)
+    assert one["pca_psnr"] == pytest.approx(pca_psnr(images, images, 16), rel=1e-5)
     slices = stae.draw_slices(4, 256, stae.generator_for("cpu", 0))
     assert one["sigreg"] == pytest.approx(naive_sigreg(codes[:128], slices[:, :256]).item(), rel=1e-4)
 
@@ -854,9 +863,8 @@ def test_evaluate_whatever_the_batch_size():
 def test_holes_measured_by_hand():
     train, test = (torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator(n)) for n in (30, 20))
     model = tiny_model().eval()
-    results = stae.evaluate(model, train, test, 7, 0.35)
-    assert stae.evaluate(model, train, test, 20, 0.35) == pytest.approx(results, rel=1e-5)
-    assert results.keys() == {name for name in stae.EXPLAIN if name not in ("train_seconds", "images_per_second", "seed")}
+    results, other = (stae.evaluate(model, (train, None), (test, None), 0.35, probe=False, batch_size=size) for size in (7, 20))
+    assert other == pytest.approx(results, rel=1e-5)
     x, holes = test.double() / 255, stae.fixed_holes(test, 0.35)
     with torch.no_grad():
         x_hat = model(stae.cut_holes(x.float(), holes)).double()
@@ -883,7 +891,328 @@ def test_collapse_shows_even_when_positions_differ():
     constant = torch.randn(1, 4, 2, 2, generator=generator())
     model.encode = lambda images: constant.expand(len(images), -1, -1, -1)
     images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=generator())
-    assert stae.evaluate(model, images, images)["min_std"] < 1e-6
+    assert stae.evaluate(model, (images, None), (images, None), probe=False)["min_std"] < 1e-6
+
+
+def clusters(count=60, classes=3, dimensions=5, spread=0.3, seed=0):
+    """Points around well-separated centres, in random order -> x (count, dimensions), labels (count,)."""
+    centres = 4 * torch.randn(classes, dimensions, generator=generator(99))
+    labels = torch.randint(classes, (count,), generator=generator(seed))
+    return centres[labels] + spread * torch.randn(count, dimensions, generator=generator(seed + 1)), labels
+
+
+@pytest.mark.parametrize("count, dimensions", [(40, 7), (7, 40)])
+def test_ridge_against_the_normal_equations(count, dimensions):
+    x = torch.randn(count, dimensions, generator=generator())
+    y = torch.randn(count, 3, generator=generator(1))
+    for strength, weights in zip((1e-2, 1.0), stae.ridge(x, y, (1e-2, 1.0)), strict=True):
+        a, b = x.double().numpy(), y.double().numpy()
+        expected = np.linalg.solve(a.T @ a / count + strength * np.eye(dimensions), a.T @ b / count)
+        np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [200, 5000])
+def test_linear_probe_by_hand(count):
+    """Against a probe written out with numpy: standardise, choose on the last fifth, fit on all, count. Squared error
+    chooses when the last fifth is small, accuracy when it has 1,000 images."""
+    x, labels = clusters(count, spread=4.0)
+    test, test_labels = clusters(90, spread=4.0, seed=5)
+    x, test = x * torch.tensor([1, 100, 0.01, 1, 1]) + 7, test * torch.tensor([1, 100, 0.01, 1, 1]) + 7
+    a, b = x.double().numpy(), test.double().numpy()
+    a, b = (a - a.mean(0)) / a.std(0), (b - a.mean(0)) / a.std(0)
+    y = np.eye(3)[labels]
+
+    def scores(fit, asked, strength):
+        target = y[fit] - y[fit].mean(0)
+        weights = np.linalg.solve(a[fit].T @ a[fit] + len(a[fit]) * strength * np.eye(5), a[fit].T @ target)
+        return asked @ weights + y[fit].mean(0)
+
+    held = [scores(slice(count * 4 // 5), a[count * 4 // 5 :], strength) for strength in stae.RIDGE]
+    wrong = [(score.argmax(1) != labels[count * 4 // 5 :].numpy()).mean() for score in held]
+    errors = [((score - y[count * 4 // 5 :]) ** 2).mean() for score in held]
+    best = [stae.RIDGE[int(np.argmin(tried))] for tried in (wrong, errors)]
+    assert best[0] != best[1]
+    expected = 100 * (scores(slice(count), b, best[int(count == 200)]).argmax(1) == test_labels.numpy()).mean()
+    assert stae.linear_probe(x, labels, test, test_labels) == pytest.approx(expected) and 40 < expected < 95
+
+
+def test_linear_probe_is_not_fooled_by_the_test_labels():
+    x, labels = clusters()
+    noise = torch.randint(3, (600,), generator=generator(3))
+    assert stae.linear_probe(x, labels, x, labels) == 100
+    assert stae.linear_probe(torch.randn(600, 5, generator=generator()), noise, torch.randn(600, 5, generator=generator(1)), noise) < 45
+
+
+def test_few_labels_sees_few():
+    x, labels = clusters(120, spread=3.0)
+    test, test_labels = clusters(200, spread=3.0, seed=5)
+    seen = []
+    probe = stae.linear_probe
+    try:
+        stae.linear_probe = lambda x, labels, *rest: seen.append((x, labels)) or float(len(seen))
+        assert stae.few_labels(x, labels, test, test_labels, 10) == 3.0  # the mean of 1 to 5
+    finally:
+        stae.linear_probe = probe
+    assert [labels.bincount().tolist() for _, labels in seen] == [[10] * 3] * 5
+    assert len({x.sum().item() for x, _ in seen}) == 5 and any(labels.diff().lt(0).any() for _, labels in seen)
+    assert all((x[i] == points).all(dim=1).any() for points, _ in seen[:1] for i in [(x == points[0]).all(dim=1).nonzero()[0, 0]])
+    assert math.isnan(stae.few_labels(x, labels, test, test_labels, 100))  # no class has as many
+    assert stae.few_labels(x, labels.clamp(min=1), test, test_labels.clamp(min=1), 10) > 40  # class 0 is in neither
+    assert 40 < stae.few_labels(x, labels, test, test_labels, 10) <= 100
+
+
+def test_knn_by_loop():
+    x, labels = clusters(80, spread=6.0)
+    test, test_labels = clusters(300, spread=6.0, seed=5)
+    right = 0
+    for point, label in zip(test, test_labels):
+        nearest = sorted(range(80), key=lambda i: -F.cosine_similarity(x[i], point, dim=0).item())[:20]
+        votes = [sum(labels[i].item() == kind for i in nearest) for kind in range(3)]
+        right += votes.index(max(votes)) == label
+    assert stae.knn(x, labels, test, test_labels) == pytest.approx(100 * right / 300) and 20 < right / 3 < 95
+    assert stae.knn(100 * x, labels, test, test_labels) == pytest.approx(100 * right / 300)  # cosine: scale does not count
+    assert stae.knn(x[:5], labels[:5], test, test_labels) >= 0  # fewer than 20 of them
+
+
+def test_k_means_finds_clusters_made_by_hand():
+    x, labels = clusters(300, classes=6)
+    inertia, owner = stae.k_means(x, 6, generator())
+    assert stae.mutual_information(owner, labels) == pytest.approx(1)
+    within = sum((x[labels == kind] - x[labels == kind].mean(dim=0)).square().sum().item() for kind in range(6))
+    assert inertia == pytest.approx(within / (x - x.mean(dim=0)).square().sum().item(), rel=1e-4)
+    assert stae.k_means(x, 1, generator())[0] == pytest.approx(1)
+    assert math.isnan(stae.k_means(torch.ones(9, 2), 3, generator())[0])
+    same, owner = stae.k_means(torch.ones(9, 2) * torch.arange(3).repeat(3)[:, None], 5, generator())  # fewer points than clusters
+    assert same == pytest.approx(0) and len(owner) == 9
+
+
+def test_k_means_keeps_the_best_of_its_starts():
+    x, _ = clusters(200, classes=12, spread=1.0)
+    one, three = (stae.k_means(x, 12, generator(), starts=starts)[0] for starts in (1, 3))
+    singles, shared = [], generator()
+    for _ in range(3):
+        singles.append(stae.k_means(x, 12, shared, starts=1)[0])
+    assert three == pytest.approx(min(singles)) and one == pytest.approx(singles[0]) and max(singles) > min(singles)
+
+
+def test_mutual_information_by_hand():
+    a, b = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
+    entropy = lambda *p: -sum(q * math.log(q) for q in p)
+    mutual = entropy(1 / 3, 1 / 3, 1 / 3) + entropy(1 / 2, 1 / 2) - entropy(1 / 3, 1 / 6, 1 / 6, 1 / 3)
+    expected = mutual / ((entropy(1 / 3, 1 / 3, 1 / 3) + entropy(1 / 2, 1 / 2)) / 2)
+    assert stae.mutual_information(a, b) == pytest.approx(expected) == stae.mutual_information(b, a)
+    assert stae.mutual_information(a, (a + 1) % 3) == pytest.approx(1)  # names do not count
+    assert 0 <= stae.mutual_information(a, torch.tensor([0, 1, 0, 1, 0, 1])) < 1e-12
+    assert math.isnan(stae.mutual_information(a * 0, b * 0))
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (8, 50)])
+def test_rankme_against_numpy(shape):
+    codes = torch.randn(shape, generator=generator()) * torch.linspace(0.1, 3, shape[1])
+    values = np.linalg.svd(codes.double().numpy(), compute_uv=False)
+    p = values / values.sum() + 1e-5
+    assert stae.rankme(codes) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
+    assert stae.rankme(torch.eye(6).repeat(5, 1)) == pytest.approx(6, rel=1e-3)
+    assert stae.rankme(torch.ones(30, 6)) == pytest.approx(1, abs=0.01)
+    low = torch.randn(300, 8, generator=generator()) @ torch.linalg.qr(torch.randn(200, 8, generator=generator(1))).Q.T
+    assert stae.rankme(low) == pytest.approx(stae.rankme(torch.randn(300, 8, generator=generator())), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(60, 12), (10, 30)])
+def test_alignment_against_numpy(shape):
+    pixels, labels = torch.rand(shape, generator=generator()), torch.randint(4, shape[:1], generator=generator(1))
+    x = pixels.double().numpy()
+    _, s, v = np.linalg.svd((x - x.mean(0)).T, full_matrices=False)  # x is D x N there
+    rank = int((s > 1e-9 * s[0]).sum())
+    shares = np.linalg.norm(np.eye(4)[labels].T @ v[:rank].T, axis=0) ** 2
+    ours = [stae.alignment(pixels, labels, count) for count in range(1, rank + 1)]
+    np.testing.assert_allclose(ours, shares.cumsum() / shares.sum(), rtol=1e-6)
+    assert ours[-1] == 1 and (np.diff(ours) >= 0).all() and stae.alignment(pixels, labels, 10**6) == 1
+    assert rank == min(shape[0] - 1, shape[1])  # centred, so one less than the images
+    assert math.isnan(stae.alignment(pixels, labels * 0, 3))
+
+
+def test_pca_of_more_numbers_than_images():
+    """No axis is made up: what is left of a test image is what the training images do not span, and probes stay sound."""
+    for side in (16, 40):  # below and above 4,096 pixels
+        images = torch.randint(0, 256, (30, 3, side, side), dtype=torch.uint8, generator=generator())
+        pca = stae.PCA(images[:12], 50)
+        assert pca.axes.shape == (3 * side**2, 11) and stae.PCA(images[:1], 50).axes.shape[1] == 0
+        torch.testing.assert_close(pca.axes.T @ pca.axes, torch.eye(11), atol=1e-4, rtol=0)
+        torch.testing.assert_close(pca.decode(pca.encode(images[:12] / 255)), images[:12] / 255, atol=1e-4, rtol=0)
+        assert (pca.encode(images[12:] / 255).std(dim=0) / pca.encode(images[:12] / 255).std(dim=0)).max() < 3
+
+
+def test_codes_that_are_all_equal(capsys):
+    """One image twice, and a code that is the same for all: a table, not a crash."""
+    images, labels = labelled(2)
+    results = stae.evaluate(tiny_model(), (images, labels), (images, labels))
+    assert results["rankme"] < 3
+    model = tiny_model()
+    model.encode = lambda x: torch.ones(len(x), 4, 2, 2)
+    results = stae.evaluate(model, (images, labels), (images, labels))
+    assert math.isnan(results["kmeans_inertia"]) and results["probe_code"] == 50 and results["rankme"] == pytest.approx(1, abs=0.01)
+
+
+def test_larger_images_have_no_alignment():
+    images, labels = labelled(30, side=40)
+    results = stae.evaluate(tiny_model(), (images, labels), (images, labels))
+    assert "alignment" not in results and results["probe_pixels"] > 90
+
+
+def labelled(count, seed=0, channels=3, side=16):
+    """Noise on a grey that names the class of an image -> images, labels."""
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 50, (count, channels, side, side), generator=generator(seed))
+    return (60 * labels.view(-1, 1, 1, 1) + noise).to(torch.uint8), labels
+
+
+PROBES = ["probe_code", "probe_features", "probe_random", "probe_pixels", "probe_pca", "knn_code", "knn_features", "few10", "few100",
+          "kmeans_inertia", "kmeans_nmi", "rankme", "alignment"]
+
+
+def test_codes_are_measured_and_the_model_stays(capsys):
+    train, test = labelled(120), labelled(30, 1)
+    model = tiny_model().eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    results = stae.evaluate(model, train, test, batch_size=7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(PROBES) < results.keys() and results["accuracy_error"] == pytest.approx(50 / 30**0.5)
+    assert 60 < results["probe_pca"] <= 100 and math.isnan(results["few100"])  # 40 images of each class
+    assert stae.evaluate(model, train, test, batch_size=30) == pytest.approx(results, rel=1e-4, nan_ok=True)
+    with torch.no_grad():
+        codes, unseen = (model.encode(images / 255).flatten(1) for images in (train[0], test[0]))
+        middle = [model.encoder(images / 255)[1][1].flatten(1) for images in (train[0], test[0])]
+    order = torch.randperm(120, generator=stae.generator_for("cpu", 0))
+    labels = train[1][order], test[1]
+    assert results["rankme"] == pytest.approx(stae.rankme(codes), rel=1e-4)
+    assert results["probe_code"] == stae.linear_probe(codes[order], labels[0], unseen, labels[1])
+    assert results["probe_features"] == stae.linear_probe(middle[0][order], labels[0], middle[1], labels[1])
+    assert results["knn_code"] == stae.knn(codes[order], labels[0], unseen, labels[1])
+    assert results["few10"] == stae.few_labels(codes[order], labels[0], unseen, labels[1], 10)
+    pixels = (train[0][order] / 255).flatten(1)
+    assert results["alignment"] == pytest.approx(stae.alignment(pixels, labels[0], 16), rel=1e-6)
+
+
+def test_at_most_20000_images_are_probed(monkeypatch):
+    seen, collect = [], stae.collect
+    monkeypatch.setattr(stae, "collect", lambda function, images, device: seen.append(len(images)) or collect(function, images[:50], device))
+    for name in ("linear_probe", "knn", "few_labels", "alignment", "mutual_information"):
+        monkeypatch.setattr(stae, name, lambda *args: 0.0)
+    images, labels = labelled(50, channels=1)
+    stae.evaluate_codes(tiny_model(channels=1).eval(), stae.PCA(images, 3), (images.repeat(500, 1, 1, 1), labels.repeat(500)), (images, labels))
+    assert set(seen) == {10_000, 20_000, 50}
+
+
+def test_the_untrained_control_has_weights_of_its_own():
+    model = tiny_model(seed=5)
+    fresh, again = stae.untrained(model), stae.untrained(tiny_model(seed=6))
+    for name, weight in fresh.named_parameters():
+        assert torch.equal(weight, again.state_dict()[name]) and not torch.equal(weight, model.state_dict()[name])
+        assert weight.dim() == 1 or 0.5 < weight.std() / model.state_dict()[name].std() < 2  # of the same size
+
+
+def test_activations_are_pooled_to_at_most_4096():
+    assert torch.equal(stae.pooled(torch.arange(2 * 64 * 64.0).view(1, 2, 64, 64)).flatten(), 
+                       F.adaptive_avg_pool2d(torch.arange(2 * 64 * 64.0).view(1, 2, 64, 64), 45).flatten())
+    assert stae.pooled(torch.rand(1, 5000, 2, 2)).shape == (1, 5000, 1, 1)
+    small = torch.rand(2, 64, 8, 8, generator=generator())
+    assert torch.equal(stae.pooled(small), small) and stae.pooled(torch.rand(1, 256, 32, 32)).shape == (1, 256, 4, 4)
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(1100)])
+def test_without_labels_the_rest_is_measured(capsys, labels):
+    images = torch.randint(0, 256, (1100, 1, 16, 16), dtype=torch.uint8, generator=generator())
+    results = stae.evaluate(tiny_model(channels=1), (images, labels), (images[:9], labels))
+    assert set(PROBES) & results.keys() == {"rankme"} and "skipped" in capsys.readouterr().out
+    assert stae.evaluate(tiny_model(channels=1), (images, labels), (images[:9], labels), probe=False).keys().isdisjoint(PROBES)
+
+
+@pytest.mark.parametrize("channels, latent_dim", [(3, None), (1, None), (3, 5)])
+def test_pictures_of_the_code(channels, latent_dim):
+    images = torch.randint(0, 256, (40, channels, 16, 16), dtype=torch.uint8, generator=generator())
+    images[20:] //= 4
+    model = stae.Autoencoder(channels, 4, 4, latent_dim, 16).eval()
+    drawn = stae.code_pictures(model, images[:30], images[20:])
+    spatial = {"brush"} if latent_dim is None else set()
+    assert drawn.keys() == {"walk", "interpolation", "samples", "neighbours"} | spatial
+    for _, rows in drawn.values():
+        assert len({row.shape for row in rows}) == 1 and all(0 <= row.min() and row.max() <= 1 and row.std() > 0 for row in rows)
+    count = {name: (len(rows), len(rows[0])) for name, (_, rows) in drawn.items()}
+    axes = latent_dim or 8
+    expected = {"walk": (axes, 9), "interpolation": (8, 9), "samples": (4, 16), "neighbours": (7, 8), "brush": (4, 16)}
+    assert count == {name: expected[name] for name in drawn}
+    x = images[20:36] / 255
+    with torch.no_grad():
+        z, codes = model.encode(x), model.encode(images[:30] / 255).flatten(1)
+        between = model.decode((z[:1] + z[1:2]) / 2)
+    rows = drawn["interpolation"][1]
+    torch.testing.assert_close(rows[0][4:5], between, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows[1][4], (x[0] + x[1]) / 2)
+    assert torch.equal(rows[1][0], x[0]) and torch.equal(rows[1][8], x[1])
+    rows = drawn["neighbours"][1]  # of the first eight test images, ten of which are training images as well
+    assert all(torch.equal(row, x[:8]) for row in (rows[0], rows[1], rows[4]))
+    far = torch.cdist(z[:8].flatten(1), codes)
+    assert torch.equal(rows[3], images[far.topk(3, largest=False).indices[:, 2]] / 255)
+    walk = drawn["walk"][1]
+    _, _, v = np.linalg.svd((codes - codes.mean(dim=0)).numpy(), full_matrices=False)
+    end = torch.from_numpy(v[0]) * ((codes - codes.mean(dim=0)) @ torch.from_numpy(v[0])).std() * 3
+    ends = [model.decode((codes.mean(dim=0) + sign * end).view(1, *z.shape[1:]))[0] for sign in (-1, 1)]
+    assert min((walk[0][0] - end).abs().max() for end in ends) < 1e-3
+
+
+def test_the_brush_paints_the_middle_of_the_code_alone():
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator())
+    model = tiny_model().eval()
+    x, others, plain, painted = stae.code_pictures(model, images, images)["brush"][1]
+    with torch.no_grad():
+        z = model.encode(x)
+        z[:, :, 1:3, 1:3] = model.encode(others)[:, :, 1:3, 1:3]
+        torch.testing.assert_close(painted, model.decode(z))
+        torch.testing.assert_close(plain, model(x))
+    assert torch.equal(others[0], x[1]) and torch.equal(others[-1], x[0]) and not torch.equal(painted, plain)
+
+
+def test_samples_follow_the_codes(monkeypatch):
+    """Means and covariances of the drawn codes, of many of them."""
+    model, drawn = tiny_model().eval(), []
+    images = torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8, generator=generator())
+    with torch.no_grad():
+        codes = model.encode(images / 255).flatten(1)
+    model.decode = lambda z: drawn.append(z.flatten(1)) or torch.rand(len(z), 3, 16, 16)
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **rest: draw(3000, *shape[1:], **rest))
+    stae.code_pictures(model, images, images)
+    normal, fitted = [z for z in drawn if len(z) == 3000]
+    torch.testing.assert_close(normal.mean(dim=0), torch.zeros(16), atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.cov(normal.T), torch.eye(16), atol=0.15, rtol=0)
+    torch.testing.assert_close(fitted.mean(dim=0), codes.mean(dim=0), atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.cov(fitted.T), torch.cov(codes.T, correction=0), atol=0.1 * torch.cov(codes.T).max().item(), rtol=0)
+
+
+def test_the_classifier_learns_and_is_always_the_same():
+    images, labels = labelled(60, side=20)
+    models = [stae.make_classifier(3, 3, 20) for _ in range(2)]
+    for model in models:
+        stae.train_classifier(model, images, labels, "fp32", steps=80)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()))
+    assert not models[0].training
+    test, test_labels = labelled(30, 1, side=20)
+    with torch.no_grad():
+        assert stae.accuracy(models[0](test / 255).argmax(dim=1), test_labels) > 90
+
+
+def test_recognition_asks_the_classifier_about_reconstructions():
+    """A classifier of the first pixel, and an autoencoder that makes it right for a known share of the images."""
+    (images, labels), model = labelled(60), tiny_model().eval()
+    classifier = lambda x: -(x[:, :1, 0, 0] * 255 - torch.tensor([25.0, 85.0, 145.0])).abs()
+    original = stae.accuracy(classifier(images / 255).argmax(dim=1), labels)
+    with torch.no_grad():
+        made = stae.accuracy(classifier(model(images / 255)).argmax(dim=1), labels)
+    results = stae.evaluate(model, (images, labels), (images, labels), probe=False, classifier=classifier)
+    assert results["recognition_original"] == original == 100 and results["recognition"] == made < 60
+    assert results["recognition_pca"] > made and "probe_code" not in results and results["accuracy_error"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ 7. training
@@ -920,6 +1249,12 @@ def run(line):
     return stae.main(shlex.split(line))
 
 
+def same(one, other):
+    """Equal tables, but for rounding; what has no value is None in both."""
+    return one.keys() == other.keys() and all(
+        one[name] == (other[name] if other[name] is None else pytest.approx(other[name], rel=1e-5)) for name in one)
+
+
 @pytest.mark.parametrize("judge", stae.JUDGES)
 @pytest.mark.parametrize("transform", stae.TRANSFORMS)
 def test_command_line_for_every_transform_and_judge(here, capsys, transform, judge):
@@ -929,7 +1264,7 @@ def test_command_line_for_every_transform_and_judge(here, capsys, transform, jud
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == set(
         "psnr psnr_luma psnr_chroma mse ssim sharpness sigreg min_std pca_psnr code_size parameters train_seconds"
-        " images_per_second seed".split()
+        " images_per_second seed probe_random_code accuracy_error".split() + PROBES
     )
     assert metrics["code_size"] == 16 and math.isfinite(metrics["psnr"])
     rows = (folder / "log.csv").read_text().splitlines()
@@ -949,7 +1284,8 @@ def test_command_line_for_every_transform_and_judge(here, capsys, transform, jud
 def test_masked_run(here, capsys, flags):
     assert run(f"{TINY.replace('--latent-channels 4', '')} --masked {flags} --hole 0.2 --out run") == 0
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics.keys() == stae.EXPLAIN.keys() and all(map(math.isfinite, metrics.values()))
+    assert metrics.keys() == {name for name in stae.EXPLAIN if "recognition" not in name}
+    assert {name for name in metrics if metrics[name] is None} == {"few10", "few100"}
     assert metrics["code_size"] == (6 if "latent" in flags else 8 * 4)
     columns, first = (row.split(",") for row in Path("run/log.csv").read_text().splitlines()[:2])
     row = dict(zip(columns, map(float, first)))
@@ -965,7 +1301,7 @@ def test_masked_run(here, capsys, flags):
     assert run("--eval run") == 0 and run("--eval run --hole 0.6 --out other") == 0
     assert metrics["hole"] == 0.2
     again, other = (json.loads(Path(name).read_text()) for name in ("run/eval-tiny.json", "other/eval-tiny.json"))
-    assert again == pytest.approx(metrics, rel=1e-5)
+    assert same(again, metrics)
     assert other["psnr"] == pytest.approx(metrics["psnr"]) and other["hole_psnr"] != metrics["hole_psnr"]
 
 
@@ -1078,7 +1414,7 @@ def test_grey_images_and_eval(here, capsys):
     added = {p.name for p in Path("grey").iterdir()} - {p.name for p in before}
     assert added == {"eval-grey.json", "eval-grey.png", "eval-grey-2.json", "eval-grey-2.png"}
     again = json.loads(Path("grey/eval-grey.json").read_text())
-    assert again.pop("psnr_chroma") is None and again == pytest.approx({name: first[name] for name in again}, rel=1e-5)
+    assert again["psnr_chroma"] is None and same(again, first)
     assert Path("elsewhere/eval-grey.png").exists()
     write_npz("other.npz", channels=1, size=32)
     assert run("--eval grey/checkpoint.pt --dataset other.npz") == 0 and Path("grey/eval-other.json").exists()
@@ -1149,6 +1485,78 @@ def test_compare_with_holes(here, capsys):
         expected = [x / 255, holed] + [model(y) for model in map(stae.load_model, "ab") for y in (holed, x / 255)]
     for row, other in zip(rows, expected, strict=True):
         torch.testing.assert_close(row, other)
+
+
+def test_labels_at_the_end_of_a_run(here, capsys):
+    assert run(f"{TINY} --out run") == 0 and run(f"{TINY} --no-probe --out bare") == 0
+    said, full = capsys.readouterr().out, json.loads(Path("run/metrics.json").read_text())
+    bare = json.loads(Path("bare/metrics.json").read_text())
+    assert set(PROBES) < full.keys() and bare.keys().isdisjoint(PROBES) and said.count("probe_code ") == 1
+    assert full["few100"] is None and "recognition" not in full and set(PROBES) < set(stae.EXPLAIN)
+    assert run("--eval run") == 0 and run("--eval run --no-probe --out bare") == 0
+    again = json.loads(Path("run/eval-tiny.json").read_text())
+    assert same(again, full)
+    assert json.loads(Path("bare/eval-tiny.json").read_text()).keys().isdisjoint(PROBES)
+    write_npz("unlabelled.npz", y_train=None, y_test=None)
+    capsys.readouterr()
+    assert run(f"{TINY} --dataset unlabelled.npz --out other") == 0
+    said, other = capsys.readouterr().out, json.loads(Path("other/metrics.json").read_text())
+    assert "skipped" in said and "rankme" in other and "probe_code" not in other and "psnr" in other
+
+
+def test_odd_labels_are_numbered(here):
+    """Labels that do not count from 0, are negative, or have a class in one split alone."""
+    odd = np.array([-7, 10**12, 3] * 8)
+    write_npz("odd.npz", y_train=odd, y_test=np.array([3, 10**12] * 4 + [3, 99]))
+    (_, train), (_, test) = stae.load_data("odd.npz")
+    assert train.tolist() == [0, 3, 1] * 8 and test.tolist() == [1, 3] * 4 + [1, 2]
+    assert run(f"{TINY} --dataset odd.npz --out run") == 0
+    write_npz("same.npz", y_train=np.zeros(24, int), y_test=np.zeros(10, int))
+    assert run(f"{TINY} --dataset same.npz --out same") == 0
+    assert json.loads(Path("same/metrics.json").read_text())["probe_code"] == 100
+
+
+def test_recognition_keeps_its_classifier(here, capsys, monkeypatch):
+    made, trained = stae.train_classifier, []
+    monkeypatch.setattr(stae, "train_classifier", lambda *args: trained.append(args) or made(*args, steps=3))
+    keys = {"recognition", "recognition_original", "recognition_pca"}
+    assert run(f"{TINY} --recognition --out run") == 0
+    first = json.loads(Path("run/metrics.json").read_text())
+    kept = list(here.glob("tiny.npz.stae-classifier-*.pt"))
+    assert keys < first.keys() and len(kept) == len(trained) == 1 and str(kept[0]) in capsys.readouterr().out
+    assert run("--eval run --recognition --no-probe --out again") == 0 and len(trained) == 1  # reused
+    again = json.loads(Path("again/eval-tiny.json").read_text())
+    assert {name: again[name] for name in keys} == {name: first[name] for name in keys}
+    assert run(f"{TINY} --recognition --validation 8 --out other") == 0 and len(trained) == 2  # other images, another one
+    assert len(trained[1][1]) == 16 and len(list(here.glob("*classifier*"))) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    assert run("--eval run --recognition --no-probe --out third") == 0 and len(trained) == 3  # damaged: made anew
+    assert run("--eval run --recognition --no-probe --out fourth") == 0 and len(trained) == 3
+    kept[0].unlink()
+    monkeypatch.setattr(stae, "save_whole", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    assert run("--eval run --recognition --no-probe --out fifth") == 0
+    assert "not kept (disk full)" in capsys.readouterr().err and json.loads(Path("fifth/eval-tiny.json").read_text())["recognition"] is not None
+
+
+@pytest.mark.parametrize("flags", ["", "--latent-dim 6"])
+def test_pictures_command(here, capsys, flags):
+    write_npz("grey.npz", channels=1)
+    line = f"{TINY} --dataset grey.npz --out run {flags}"
+    assert run(line.replace("--latent-channels 4", "") if flags else line) == 0
+    before = set(Path("run").iterdir())
+    assert run("--pictures run") == 0 and run("--pictures run/checkpoint.pt") == 0 and run("--pictures run --out figures") == 0
+    assert run("--pictures run --out figures --overwrite") == 0
+    said, names = capsys.readouterr().out, {"walk", "interpolation", "samples", "neighbours"} | ({"brush"} if not flags else set())
+    assert {p.name for p in set(Path("run").iterdir()) - before} == {f"{name}{end}.png" for name in names for end in ("", "-2")}
+    assert {p.stem for p in Path("figures").iterdir()} == names and ("skipped" in said) == bool(flags)
+    for name, (rows, columns) in dict(walk=(8 if not flags else 6, 9), interpolation=(8, 9), samples=(4, 16), neighbours=(7, 8)).items():
+        picture = pil_to_tensor(default_loader(f"figures/{name}.png")).float()
+        assert picture.shape == (3, rows * 66 + 2, columns * 66 + 2) and picture[:, 2:66, 2:66].std() + picture[:, 2:66, -66:-2].std() > 0
+    assert run("--pictures run --width 8") == 2 and "trained with 4" in capsys.readouterr().err
+    write_npz("one.npz", channels=1, test=1)
+    assert run("--pictures run --dataset one.npz") == 2 and "one image" in capsys.readouterr().err
+    assert run("--pictures run --recognition") == 2 and "--recognition belongs" in capsys.readouterr().err
+    assert run("--compare run --no-probe") == 2 and "--no-probe belongs" in capsys.readouterr().err
 
 
 def test_overwrite(here, capsys):
@@ -1276,6 +1684,9 @@ BAD = {
     "--eval foreign.pt": "not a checkpoint",
     "--eval other.pt": "not a checkpoint",
     "--compare nowhere": "nowhere",
+    "--pictures nowhere": "nowhere: no such file",
+    "--pictures foreign.pt --eval foreign.pt": "not allowed with",
+    "--recognition --dataset unlabelled.npz": "no labels",
     "--epoch 3": "--epoch",
     "crop": "crop",
 }
@@ -1305,14 +1716,14 @@ def test_bad_input_gets_one_line_and_leaves_no_trace(here, capsys, monkeypatch, 
     np.savez("float.npz", x=x.astype(np.float32)), np.savez("keys.npz", images=x), np.savez("odd.npz", x=x.repeat(2, 1).repeat(2, 2)[:, :20, :20])
     np.savez("labels.npz", x_train=x, y_train=np.arange(3)), Path("broken.npz").write_bytes(Path("good.npz").read_bytes()[:500])
     np.savez("pickled.npz", x=np.array([{"a": 1}], dtype=object))
-    torch.save({"weights": torch.ones(3)}, "foreign.pt")
+    np.savez("unlabelled.npz", x=x), torch.save({"weights": torch.ones(3)}, "foreign.pt")
     other = stae.Autoencoder(3, 8, 4).state_dict()
     sizes = {"channels": 3, "width": 4, "latent_channels": 4}
     torch.save({"config": sizes, "model": other, "results": {}}, "other.pt")
     torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": {}}, "half.pt")
     torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": Evil()}, "evil.pt")
     before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*") if "offline" not in p.name}
-    line = flags if flags.startswith(("--eval", "--compare")) else f"{TINY} {flags}"
+    line = flags if flags.startswith(("--eval", "--compare", "--pictures")) else f"{TINY} {flags}"
     assert run(line) == 2
     said = capsys.readouterr().err.splitlines()
     assert len([s for s in said if s.startswith("stae.py: error:")]) == 1 and said[-1].startswith("stae.py: error:")
