@@ -717,6 +717,9 @@ class PCA:
     def decode(self, z):
         return (z @ self.axes.T + self.mean).unflatten(1, self.shape)
 
+    def __call__(self, images):
+        return self.decode(self.encode(images))
+
 
 def collect(function, images, device, batch_size=250):
     """What `function` makes of images (N, C, H, W) uint8, taken as floats on `device`, batch by batch -> (N, ...)."""
@@ -777,16 +780,15 @@ def evaluate(model, train, test, hole=None, probe=True, classifier=None, batch_s
     device = next(model.parameters()).device
     results = evaluate_images(model, test_images, batch_size)
     pca = PCA(images, results["code_size"], device)
-    error = collect(lambda x: (pca.decode(pca.encode(x)) - x).square().mean(dim=(1, 2, 3)), test_images, device)
+    error = collect(lambda x: (pca(x) - x).square().mean(dim=(1, 2, 3)), test_images, device)
     results |= {"pca_psnr": psnr(error.double().mean().item())}
     if hole:
         results |= evaluate_holes(model, pca.mean.view_as(images[0]), test_images, hole, batch_size)
     if probe:
         results |= evaluate_codes(model, pca, train, test)
     if classifier:
-        reads = {"": lambda x: model(x), "_original": lambda x: x, "_pca": lambda x: pca.decode(pca.encode(x))}
-        for name, read in reads.items():
-            guess = collect(lambda x: classifier(read(x)), test_images, device).argmax(dim=1)
+        for name, show in {"": model, "_original": lambda x: x, "_pca": pca}.items():
+            guess = collect(lambda x: classifier(show(x)), test_images, device).argmax(dim=1)
             results["recognition" + name] = accuracy(guess, labels)
     if results.keys() & {"probe_code", "recognition"}:
         results["accuracy_error"] = 50 / len(labels) ** 0.5
@@ -1419,6 +1421,7 @@ def measure(model, splits, config, given, results, table, picture):
     device = next(model.parameters()).device
     classifier = kept_classifier(splits[0], config, given, device) if "recognition" in given else None
     hole = config.hole if config.masked or "hole" in given else None
+    print(f"measuring on {len(splits[1][0]):,} test images", flush=True)
     report(evaluate(model, *splits, hole, "no_probe" not in given, classifier) | results, table)
     save_rows(picture, pictures([model], splits[1][0], hole))
 

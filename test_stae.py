@@ -912,7 +912,7 @@ def test_ridge_against_the_normal_equations(count, dimensions):
 
 
 @pytest.mark.parametrize("count", [200, 5000])
-def test_linear_probe_by_hand(count):
+def test_linear_probe_by_hand(count, monkeypatch):
     """Against a probe written out with numpy: standardise, choose on the last fifth, fit on all, count. Squared error
     chooses when the last fifth is small, accuracy when it has 1,000 images."""
     x, labels = clusters(count, spread=4.0)
@@ -933,7 +933,10 @@ def test_linear_probe_by_hand(count):
     best = [stae.RIDGE[int(np.argmin(tried))] for tried in (wrong, errors)]
     assert best[0] != best[1]
     expected = 100 * (scores(slice(count), b, best[int(count == 200)]).argmax(1) == test_labels.numpy()).mean()
+    fitted, ridge = [], stae.ridge
+    monkeypatch.setattr(stae, "ridge", lambda x, *rest: fitted.append(len(x)) or ridge(x, *rest))
     assert stae.linear_probe(x, labels, test, test_labels) == pytest.approx(expected) and 40 < expected < 95
+    assert fitted == [count * 4 // 5, count]
 
 
 def test_linear_probe_is_not_fooled_by_the_test_labels():
