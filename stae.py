@@ -348,11 +348,11 @@ def draw_boxes(shape, generator, smallest, largest):
     """Draw crop boxes for images of `shape` (B, C, H, W) -> (B, 4) int64 (top, left, height, width), in whole pixels.
     The side, a fraction of the image's, is log-uniform in [smallest, largest], from one pixel; the place is uniform."""
     smallest = max(smallest, 1 / max(shape[2:]))
-    size = torch.tensor(shape[2:], device=generator.device)  # (H, W)
-    uniform = torch.rand(shape[0], 3, device=generator.device, generator=generator)
-    side = (smallest * (largest / smallest) ** uniform[:, :1] * size).round().clamp(min=1)  # (B, 2)
-    corner = (uniform[:, 1:] * (size - side + 1)).floor()
-    return torch.cat((corner, side), dim=1).long()
+    uniform, *place = torch.rand(shape[0], 3, device=generator.device, generator=generator).unbind(dim=1)
+    share = smallest * (largest / smallest) ** uniform
+    sides = [(share * size).round().clamp(min=1) for size in shape[2:]]  # of height and width, (B,) each
+    corners = [(u * (size - side + 1)).floor() for u, size, side in zip(place, shape[2:], sides)]
+    return torch.stack((*corners, *sides), dim=1).long()
 
 
 def crop(images, boxes):
@@ -1105,34 +1105,47 @@ def training_loss(model, images, generator, kept, config):
     return masked_loss(model, images, holed, *rest) if config.masked else stae_loss(model, images, *rest)
 
 
+def start(model, config):
+    """What training needs beside the model -> AdamW; kept weights of the judge (ema, random) or None."""
+    kept = None
+    if config.objective == "stae" and config.judge in ("ema", "random"):
+        kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True), kept
+
+
+def train_step(model, optimizer, images, step, kept, config):
+    """One step on images (B, C, S, S) in [0, 1], drawn for by (seed, step) -> what log.csv tells of it, scalars on the
+    device: reading one waits for it."""
+    device = images.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        loss, terms = training_loss(model, images, generator_for(device, config.seed, DRAWS, step), kept, config)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    if kept and config.judge == "ema":
+        for name, weight in model.encoder.named_parameters():
+            kept[name].lerp_(weight.detach(), 1 - 0.999)
+    return {"loss": loss, **terms, "gradient_norm": norm}
+
+
 def train(model, images, steps, config, log_path):
     """Train on (N, C, H, W) uint8, here or elsewhere -> kept weights of the judge (ema, random) or None, seconds.
     config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
     FloatingPointError when one is not finite."""
     device = next(model.parameters()).device
-    every = min(50, max(1, steps // 20))  # between rows the terms stay on the device: reading one waits for it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    kept = None
-    if config.objective == "stae" and config.judge in ("ema", "random"):
-        kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
+    every = min(50, max(1, steps // 20))
+    optimizer, kept = start(model, config)
     sums, logged, begun = 0.0, 0, time.perf_counter()
     model.train()
     with open(log_path, "w") as log:
         for step, x in batches(images, config.batch_size, config.seed, 0, steps, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = training_loss(model, x, generator_for(device, config.seed, DRAWS, step), kept, config)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.lr)
-            optimizer.step()
-            if kept and config.judge == "ema":
-                for name, weight in model.encoder.named_parameters():
-                    kept[name].lerp_(weight.detach(), 1 - 0.999)
-            sums = sums + torch.stack([loss, *terms.values(), norm]).detach()
+            told = train_step(model, optimizer, x, step, kept, config)
+            sums = sums + torch.stack([*told.values()]).detach()
             if (step + 1) % every and step + 1 < steps:
                 continue
-            means = dict(zip(["loss", *terms, "gradient_norm"], (sums / (step + 1 - logged)).tolist()))
+            means = dict(zip(told, (sums / (step + 1 - logged)).tolist()))
             if not math.isfinite(sum(means.values())):
                 raise FloatingPointError(f"step {step + 1}: not finite: {means}; try a lower --lr")
             seconds = time.perf_counter() - begun
@@ -1143,7 +1156,7 @@ def train(model, images, steps, config, log_path):
             print(*row.values(), sep=",", file=log, flush=True)
             left = seconds * (steps / (step + 1) - 1)
             text = [f"step {step + 1}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"]
-            text += [f"{name} {means[name]:.4f}" for name in ("loss", *terms)]
+            text += [f"{name} {mean:.4f}" for name, mean in means.items() if name != "gradient_norm"]
             progress("  ".join(text), step + 1, steps, logged)
             sums, logged = 0.0, step + 1
     return kept, seconds
