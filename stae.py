@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CelebA
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import functional as TF
@@ -1247,8 +1248,8 @@ DEFAULTS = dict(  # of all sets; None is filled in by the images
     views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
     batch_size=128, seed=0, device="auto", precision="auto",
 )
-NOT_OF_THE_RUN = ("data", "out", "overwrite", "no_probe", "recognition")  # flags that a checkpoint does not carry
-READERS = {"eval", "pictures", "compare"}  # flags that name runs to look at instead of training one
+NOT_OF_THE_RUN = ("data", "out", "overwrite", "no_probe", "recognition", "benchmark")  # what a checkpoint leaves out
+READERS = {"eval", "pictures", "compare", "benchmark"}  # flags that do something else than train a run
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
 
 
@@ -1321,6 +1322,7 @@ def build_parser():
     add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
     add("--pictures", type=Path, metavar="CHECKPOINT", help="draw what its code is like")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="draw what each run folder makes of the test images")
+    add("--benchmark", action="store_true", default=None, help="time steps of stae and mse on random pixels instead")
     return parser
 
 
@@ -1439,21 +1441,28 @@ def measure(model, splits, config, given, results, table, picture):
     save_rows(picture, pictures([model], splits[1][0], hole))
 
 
-def train_command(given):
-    """Train, measure and draw one run."""
+def resolve(given, device, channels, size, count):
+    """The configuration of a run: the flags given, else PRESETS and DEFAULTS, for `count` images to train on of so many
+    channels and pixels a side. Raises BadInput when it does not fit them."""
     config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN})
-    device = pick_device(config.device)
     config.device, config.precision = str(device), pick_precision(config.precision, device)
-    splits = load_splits(config, given, device)
-    (images, _), (test_images, _) = splits
-    config.channels, config.size = images.shape[1:3]
-    row = config.dataset if config.dataset in PRESETS else "cifar10" if config.size <= 64 else "celeba"
+    config.channels, config.size = channels, size
+    row = config.dataset if config.dataset in PRESETS else "cifar10" if size <= 64 else "celeba"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
     if config.dataset == "celeba" and config.masked and "latent_channels" not in given:
         config.latent_dim = config.latent_dim or 128
     if config.latent_dim:
         config.latent_channels = config.width
-    check_sizes(config, len(images))
+    check_sizes(config, count)
+    return config
+
+
+def train_command(given):
+    """Train, measure and draw one run."""
+    device = pick_device(given.get("device", "auto"))
+    splits = load_splits(argparse.Namespace(**DEFAULTS | given), given, device)
+    (images, _), (test_images, _) = splits
+    config = resolve(given, device, *images.shape[1:3], len(images))
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
         print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
@@ -1520,6 +1529,60 @@ def checkpoint_command(given):
         print("brush.png: skipped, the code has no places to paint")
 
 
+def benchmark_command(given, warmup=3, repeats=15):
+    """Time the training step of stae and of mse in turn, on random pixels of a preset's size. The last line is JSON."""
+    device, dataset = pick_device(given.get("device", "auto")), given.get("dataset", "shapes")
+    if dataset not in PRESETS:
+        raise BadInput(f"--benchmark --dataset {dataset}: it takes random pixels of {', '.join(PRESETS)}; pass one")
+    channels, size = 1 if dataset == "shapes" else 3, given.get("size", 128 if dataset == "celeba" else 32)
+    config = resolve(given, device, channels, size, 10**6)
+    images = torch.randint(256, (4 * config.batch_size, channels, size, size), dtype=torch.uint8, device=device)
+    block = 20 if device.type == "cuda" else 1  # steps between two looks at the clock, which make a GPU wait
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def steps(objective):
+        """Yield the floating-point operations of a step, then milliseconds a step, each time of a block of steps."""
+        own = argparse.Namespace(**vars(config) | {"objective": objective})
+        model = make_model(own).to(device, memory_format=torch.channels_last)
+        optimizer, kept = start(model, own)
+        feed = batches(images, own.batch_size, own.seed, 0, 10**9)
+        with FlopCounterMode(display=False) as counter:
+            train_step(model, optimizer, next(feed)[1], 0, kept, own)
+        yield counter.get_total_flops()
+        while True:
+            wait()
+            begun = time.perf_counter()
+            for _ in range(block):
+                step, x = next(feed)
+                train_step(model, optimizer, x, step, kept, own)
+            wait()
+            yield 1000 * (time.perf_counter() - begun) / block
+
+    runs = {objective: steps(objective) for objective in ("stae", "mse")}
+    flops = {objective: next(run) for objective, run in runs.items()}
+    times = [[next(run) for run in runs.values()] for _ in range(warmup + repeats)][warmup:]  # in turn: noise hits both
+    median = dict(zip(runs, np.median(times, axis=0).tolist()))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{dataset}: {size}x{size}x{channels}, width {config.width}, batch {config.batch_size}, {config.precision}, "
+          f"{name}")
+    for objective, spread in zip(runs, np.transpose(times)):
+        speed, work = 1000 * config.batch_size / median[objective], flops[objective] / median[objective] / 1e9
+        print(f"{objective:5}{median[objective]:9.2f} ms/step ({spread.min():.2f} to {spread.max():.2f}, {repeats} times)"
+              f"{speed:10,.0f} images/s{work:9.3f} TFLOP/s")
+    ratio, flop_ratio = median["stae"] / median["mse"], flops["stae"] / flops["mse"]
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource  # Windows has none
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the whole process; in kB on Linux
+    print(f"stae takes {ratio:.2f} times as long as mse, and {flop_ratio:.2f} times the operations; {memory:,.0f} MB")
+    print(json.dumps({
+        "device": name, "stae_ms": median["stae"], "mse_ms": median["mse"], "ratio": ratio, "flop_ratio": flop_ratio,
+        "stae_images_per_second": 1000 * config.batch_size / median["stae"], "peak_memory_mb": memory,
+    }))
+
+
 def compare_command(given):
     """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder. When
     one of the runs is masked, all are shown holes (the first such run's, or --hole) as well."""
@@ -1546,7 +1609,8 @@ def main(argv=None):
         if "out" in given:
             given["out"] = Path(given["out"])
         check_flags(given)
-        commands = {"eval": checkpoint_command, "pictures": checkpoint_command, "compare": compare_command}
+        commands = {"eval": checkpoint_command, "pictures": checkpoint_command, "compare": compare_command,
+                    "benchmark": benchmark_command}
         next((commands[name] for name in commands if name in given), train_command)(given)
         return 0
     except (BadInput, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
