@@ -549,19 +549,30 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     N * sum over knots t in [0, t_max] of weight * |mean over N of exp(i t s) - exp(-t^2/2)|^2, the weight exp(-t^2/2)
     times the trapezoid on [-t_max, t_max]. Spatial codes: each position over the batch, then mean over positions.
     Expectation 1.05 for N(0, I) codes, whatever N and D; 0.402 * N when every code is 0. It grows with N for a fixed
-    mismatch, so its weight in a loss belongs to a batch size."""
+    mismatch, so its weight in a loss belongs to a batch size. The slices get no gradient."""
+    count, dt = len(codes), t_max / (knots - 1)
     with torch.autocast(codes.device.type, enabled=False):  # small differences of means: bf16 would drown them
         codes = codes.float().reshape(*codes.shape[:2], -1).permute(2, 0, 1)  # (P, N, D), P positions
-        dt = t_max / (knots - 1)
-        angle = dt * (codes @ slices)  # (P, N, M)
-        cos1, sin1 = angle.cos(), angle.sin()
-        cos, sin, total = cos1, sin1, 0.0
-        for k in range(1, knots):  # at t = 0 there is no difference
-            gaussian = torch.e ** (-((k * dt) ** 2) / 2)
-            weight = gaussian * (dt if k == knots - 1 else 2 * dt)
-            total = total + weight * ((cos.mean(dim=1) - gaussian) ** 2 + sin.mean(dim=1) ** 2)  # (P, M)
-            cos, sin = cos * cos1 - sin * sin1, sin * cos1 + cos * sin1  # angle addition: one cosine serves all knots
-        return codes.shape[1] * total.mean()  # mean over positions and slices
+        # The gradient is worked out beside the value: autograd would keep every knot's cosines. And in parts of 4 MB,
+        # for large codes have many positions
+        with torch.no_grad():
+            total, slopes = 0.0, []
+            for part in codes.split(max(1, 2**20 // (count * slices.shape[1]))):
+                angle = dt * (part @ slices)  # (p, N, M)
+                cos1, sin1 = angle.cos(), angle.sin()
+                cos, sin, slope = cos1, sin1, torch.zeros_like(angle)
+                for k in range(1, knots):  # at t = 0 there is no difference
+                    gaussian = torch.e ** (-((k * dt) ** 2) / 2)
+                    weight = gaussian * (dt if k == knots - 1 else 2 * dt)
+                    real, imaginary = cos.mean(dim=1, keepdim=True) - gaussian, sin.mean(dim=1, keepdim=True)
+                    total = total + weight * (real**2 + imaginary**2).sum()
+                    slope.addcmul_(imaginary, cos, value=2 * k * weight).addcmul_(real, sin, value=-2 * k * weight)
+                    # Angle addition: one cosine serves all knots
+                    cos, sin = torch.addcmul(cos * cos1, sin, sin1, value=-1), torch.addcmul(sin * cos1, cos, sin1)
+                slopes.append(dt * slope @ slices.T)  # N times the gradient for the part, (p, N, D)
+            gradient = torch.cat(slopes)
+        value = count * total + ((codes - codes.detach()) * gradient).sum()  # the sum is 0, its gradient is not
+        return value / (len(codes) * slices.shape[1])  # mean over positions and slices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -750,15 +761,19 @@ EXPLAIN = {  # every number of the table, and the keys of metrics.json
     "probe_random_code": "% correct, linear probe on the code of an untrained encoder",
     "probe_pca": "% correct, linear probe on a PCA code of the same size",
     "probe_pixels": "% correct, linear probe on the pixels, averaged to at most 4,096 numbers",
-    "probe_features": "% correct, linear probe on the activations before the last Down, averaged likewise",
+    "probe_features": "% correct, linear probe on the activations before the last block, averaged likewise",
     "probe_random": "% correct, the same on those of an untrained encoder",
-    "knn_code": "% correct, 20 nearest neighbours in the code",
-    "knn_features": "% correct, 20 nearest neighbours in the activations",
-    "few10": "% correct, linear probe on the code, from 10 labels a class; - when one has fewer",
-    "few100": "% correct, the same from 100",
-    "kmeans_inertia": "variance within clusters of codes, as many as classes, over all",
+    "knn_code": "% correct, 20 nearest neighbours by the code",
+    "knn_pca": "% correct, the same by a PCA code of the same size",
+    "knn_features": "% correct, the same by the activations",
+    "knn_random": "% correct, the same by those of an untrained encoder",
+    "few10": "% correct, linear probe on the code from 10 labels a class; - if a class has fewer",
+    "few10_random_code": "% correct, the same on the code of an untrained encoder",
+    "few100": "% correct, linear probe on the code from 100 labels a class",
+    "few100_random_code": "% correct, the same on the code of an untrained encoder",
+    "kmeans_inertia": "variance within clusters of codes over all variance, as many clusters as classes",
     "kmeans_nmi": "what those clusters tell of the classes, from 0 to 1",
-    "alignment": "what PCA of this size keeps of the classes, 0 to 1; says nothing of the model",
+    "alignment": "share of what pixels tell of the training labels that PCA of this size keeps, any model",
     "recognition": "% of reconstructions that a classifier of originals gets right",
     "recognition_original": "% of originals that it gets right",
     "recognition_pca": "% of PCA reconstructions that it gets right",
@@ -985,7 +1000,8 @@ def evaluate_codes(model, pca, train, test):
     images = images[picked.to(images.device)]
     results = {"rankme": rankme(collect(model.encode, images[:10_000], device).flatten(1))}
     if labels is None or labels.max() >= 1000:
-        print("no labels, or of more than 1,000 classes: probes, neighbours, k-means and alignment are skipped")
+        why = "no labels" if labels is None else "more than 1,000 classes"
+        print(f"{why}: probes, neighbours, k-means and alignment are skipped")
         return results
     y, test_y = labels[picked].to(device), test_labels.to(device)
     reads = {
@@ -996,10 +1012,12 @@ def evaluate_codes(model, pca, train, test):
         known = collect(read, images, device).flatten(1), y
         unknown = collect(read, test_images, device).flatten(1), test_y
         results[f"probe_{name}"] = linear_probe(*known, *unknown)
-        if name in ("code", "features"):
+        if name in ("code", "pca", "features", "random"):
             results[f"knn_{name}"] = knn(*known, *unknown)
+        if name in ("code", "random_code"):
+            control = "" if name == "code" else f"_{name}"
+            results |= {f"few{count}{control}": few_labels(*known, *unknown, count) for count in (10, 100)}
         if name == "code":
-            results |= {f"few{count}": few_labels(*known, *unknown, count) for count in (10, 100)}
             inertia, clusters = k_means(known[0], len(y.unique()), generator_for(device, 0))
             results |= {"kmeans_inertia": inertia, "kmeans_nmi": mutual_information(clusters, y)}
         if name == "pixels" and known[0].shape[1] == images[0].numel():  # not pooled
@@ -1216,9 +1234,10 @@ def save_whole(path, contents):
 
 def load_checkpoint(path):
     """Read a checkpoint, or a run folder's -> Autoencoder on the CPU in eval mode, config, results (two dicts)."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    folder, path = Path(path), Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise BadInput(f"{path}: no such file")
+        runs = sorted(str(run.parent) for run in folder.glob("*/checkpoint.pt"))
+        raise BadInput(f"{path}: no such file" + (f"; a run is {runs[0]}" if runs else ""))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, results = DEFAULTS | checkpoint["config"], checkpoint["results"]  # flags newer than the file
@@ -1363,10 +1382,6 @@ def check_flags(given):
     used = [name for name in RUN_FILES if "out" in given and (out / name).exists()]
     if used and trains and "overwrite" not in given:
         raise BadInput(f"--out {out} holds a run ({used[0]}); pass another folder, or --overwrite")
-    dataset = given.get("dataset", "shapes")
-    folder = None if dataset in PRESETS else Path(dataset).resolve()
-    if folder and folder.is_dir() and (trains or "out" in given) and out.resolve().is_relative_to(folder):
-        raise BadInput(f"--out {out} is among the images of --dataset {dataset}, and pictures go there; pass another")
     pick_device(given.get("device", "auto"))
 
 
@@ -1394,6 +1409,9 @@ def free_path(folder, name, suffix=""):
 def load_splits(config, given, device):
     """(images, labels) of a run to train and to test on; of the channels that config names, when it does. Images are on
     the device when they take at most half of its free memory, else a batch at a time goes there."""
+    out, folder = given.get("out", None if given.keys() & READERS else Path("runs")), Path(config.dataset).resolve()
+    if out and config.dataset not in PRESETS and folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise BadInput(f"--out {out} is among the images of --dataset {config.dataset}; pictures go there, pass another")
     splits = load_data(config.dataset, given.get("data", "data"), config.size, config.validation)
     channels = splits[0][0].shape[1]
     if config.channels not in (None, channels):
@@ -1502,6 +1520,8 @@ def stored_run(path, given):
         raise BadInput(f"--validation {given['validation']}: {path} was trained on those images; leave the flag out")
     if "dataset" in given:
         stored["validation"] = 0  # it was a slice of other data
+    elif stored["dataset"] not in PRESETS and not Path(stored["dataset"]).exists():
+        raise BadInput(f"{path} was trained on {stored['dataset']}, which is not there from here; pass it as --dataset")
     return model, argparse.Namespace(**stored | given), results
 
 
@@ -1567,7 +1587,7 @@ def benchmark_command(given, warmup=3, repeats=15):
           f"{name}")
     for objective, spread in zip(runs, np.transpose(times)):
         speed, work = 1000 * config.batch_size / median[objective], flops[objective] / median[objective] / 1e9
-        print(f"{objective:5}{median[objective]:9.2f} ms/step ({spread.min():.2f} to {spread.max():.2f}, {repeats} times)"
+        print(f"{objective:5}{median[objective]:9.2f} ms/step ({spread.min():.2f} to {spread.max():.2f})"
               f"{speed:10,.0f} images/s{work:9.3f} TFLOP/s")
     ratio, flop_ratio = median["stae"] / median["mse"], flops["stae"] / flops["mse"]
     if device.type == "cuda":

@@ -536,17 +536,28 @@ def naive_sigreg(codes, slices):
     return torch.stack(values).mean()
 
 
-@pytest.mark.parametrize("shape", [(32, 1), (50, 8), (16, 4, 2, 3)])
-def test_sigreg_against_plain_loops_value_and_gradient(shape):
-    codes = (torch.randn(shape, generator=generator()) * 1.3 + 0.2).requires_grad_()
+@pytest.mark.parametrize("shape", [(32, 1), (50, 8), (20, 64), (12, 512), (16, 4, 2, 3), (8, 3, 5, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sigreg_against_plain_loops_value_and_gradient(shape, dtype):
+    """In float32, under bf16 autocast and for codes in bf16; whole and, with many slices, in parts."""
+    codes = (torch.randn(shape, generator=generator()) * 1.3 + 0.2).to(dtype).requires_grad_()
     slices = stae.draw_slices(shape[1], 5, generator(1))
     torch.testing.assert_close(slices.norm(dim=0), torch.ones(5))
-    value, expected = stae.sigreg(codes, slices), naive_sigreg(codes, slices)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, theirs = (torch.autograd.grad(v, codes)[0] for v in (value, expected))
-    torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert stae.sigreg(codes, slices).item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        value = stae.sigreg(codes, slices)
+    expected = naive_sigreg(codes, slices)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.dtype == torch.float32
+    ours, theirs = (torch.autograd.grad(v, codes)[0].float() for v in (value, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_sigreg_in_parts(monkeypatch):
+    codes = torch.randn(40, 3, 4, 4, generator=generator()).requires_grad_()
+    slices = stae.draw_slices(3, 4000, generator(1))  # 16 * 40 * 4000 projections: three parts
+    value, expected = stae.sigreg(codes, slices), [stae.sigreg(codes[..., i, j], slices) for i in range(4) for j in range(4)]
+    assert value.item() == pytest.approx(sum(expected).item() / 16, rel=1e-5)
+    ours, theirs = (torch.autograd.grad(v, codes)[0] for v in (value, sum(expected) / 16))
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
 
 
 def test_sigreg_exact_values():
@@ -1070,6 +1081,7 @@ def labelled(count, seed=0, channels=3, side=16):
     return (60 * labels.view(-1, 1, 1, 1) + noise).to(torch.uint8), labels
 
 
+CONTROLS = ["probe_random_code", "knn_pca", "knn_random", "few10_random_code", "few100_random_code", "accuracy_error"]
 PROBES = ["probe_code", "probe_features", "probe_random", "probe_pixels", "probe_pca", "knn_code", "knn_features", "few10", "few100",
           "kmeans_inertia", "kmeans_nmi", "rankme", "alignment"]
 
@@ -1097,6 +1109,14 @@ def test_codes_are_measured_and_the_model_stays(capsys):
         for name, look in {"random": lambda x: fresh.encoder(x)[1][1], "random_code": fresh.encode}.items():
             raw = [look(images / 255).flatten(1) for images in (train[0][order], test[0])]
             assert results[f"probe_{name}"] == stae.linear_probe(raw[0], labels[0], raw[1], labels[1])
+            if name == "random":
+                assert results["knn_random"] == stae.knn(raw[0], labels[0], raw[1], labels[1])
+            else:
+                assert results["few10_random_code"] == stae.few_labels(raw[0], labels[0], raw[1], labels[1], 10)
+        pca = stae.PCA(train[0], 16)
+        raw = [pca.encode(images / 255) for images in (train[0][order], test[0])]
+        assert results["probe_pca"] == stae.linear_probe(raw[0], labels[0], raw[1], labels[1])
+        assert results["knn_pca"] == stae.knn(raw[0], labels[0], raw[1], labels[1])
     assert results["knn_code"] == stae.knn(codes[order], labels[0], unseen, labels[1])
     assert results["few10"] == stae.few_labels(codes[order], labels[0], unseen, labels[1], 10)
     pixels = (train[0][order] / 255).flatten(1)
@@ -1277,7 +1297,7 @@ def test_command_line_for_every_transform_and_judge(here, capsys, transform, jud
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == set(
         "psnr psnr_luma psnr_chroma mse ssim sharpness sigreg min_std pca_psnr code_size parameters train_seconds"
-        " images_per_second seed probe_random_code accuracy_error".split() + PROBES
+        " images_per_second seed".split() + CONTROLS + PROBES
     )
     assert metrics["code_size"] == 16 and math.isfinite(metrics["psnr"])
     rows = (folder / "log.csv").read_text().splitlines()
@@ -1298,7 +1318,7 @@ def test_masked_run(here, capsys, flags):
     assert run(f"{TINY.replace('--latent-channels 4', '')} --masked {flags} --hole 0.2 --out run") == 0
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics.keys() == {name for name in stae.EXPLAIN if "recognition" not in name}
-    assert {name for name in metrics if metrics[name] is None} == {"few10", "few100"}
+    assert {name for name in metrics if metrics[name] is None} == {"few10", "few100", "few10_random_code", "few100_random_code"}
     assert metrics["code_size"] == (6 if "latent" in flags else 8 * 4)
     columns, first = (row.split(",") for row in Path("run/log.csv").read_text().splitlines()[:2])
     row = dict(zip(columns, map(float, first)))
@@ -1504,7 +1524,7 @@ def test_labels_at_the_end_of_a_run(here, capsys):
     assert run(f"{TINY} --out run") == 0 and run(f"{TINY} --no-probe --out bare") == 0
     said, full = capsys.readouterr().out, json.loads(Path("run/metrics.json").read_text())
     bare = json.loads(Path("bare/metrics.json").read_text())
-    assert set(PROBES) < full.keys() and bare.keys().isdisjoint([*PROBES, "accuracy_error"]) and said.count("probe_code ") == 1
+    assert set(PROBES) < full.keys() and bare.keys().isdisjoint(PROBES + CONTROLS) and said.count("probe_code ") == 1
     assert full["few100"] is None and "recognition" not in full and set(PROBES) < set(stae.EXPLAIN)
     assert run("--eval run") == 0 and run("--eval run --no-probe --out bare") == 0
     again = json.loads(Path("run/eval-tiny.json").read_text())
@@ -1565,6 +1585,11 @@ def test_pictures_command(here, capsys, flags):
     for name, (rows, columns) in dict(walk=(8 if not flags else 6, 9), interpolation=(8, 9), samples=(4, 16), neighbours=(7, 8)).items():
         picture = pil_to_tensor(default_loader(f"figures/{name}.png")).float()
         assert picture.shape == (3, rows * 66 + 2, columns * 66 + 2) and picture[:, 2:66, 2:66].std() + picture[:, 2:66, -66:-2].std() > 0
+    assert run("--pictures .") == 2 and "a run is run" in capsys.readouterr().err  # a folder of runs
+    Path("grey.npz").rename("moved.npz")
+    assert run("--pictures run") == 2 and "trained on grey.npz, which is not there" in capsys.readouterr().err
+    assert run("--pictures run --dataset moved.npz --out third") == 0
+    Path("moved.npz").rename("grey.npz")
     assert run("--pictures run --width 8") == 2 and "trained with 4" in capsys.readouterr().err
     write_npz("one.npz", channels=1, test=1)
     assert run("--pictures run --dataset one.npz") == 2 and "one image" in capsys.readouterr().err
@@ -1609,6 +1634,8 @@ def test_folder_of_images_end_to_end(here, capsys):
     (here / "shapes").mkdir()
     assert run(f"{TINY} --dataset photos --size 16 --out run") == 0 and run("--eval run --dataset .") == 0
     assert run(f"{TINY} --dataset shapes --transform none --width 1 --latent-channels 1 --batch-size 1000 --out shapes/run") == 0
+    assert run("--eval run --out photos/x") == 2 and run("--pictures run --out photos/x") == 2 and not Path("photos/x").exists()
+    assert "among the images" in capsys.readouterr().err
     assert run(f"{TINY} --dataset photos --out run2") == 2
     assert "20 pixels" in capsys.readouterr().err and not Path("run2").exists()
 
