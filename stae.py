@@ -536,7 +536,7 @@ class Autoencoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. SIGReg: is the code a standard Gaussian? LeJEPA, arXiv 2511.08544, Algorithm 1; the recurrence of cosines is ours
+# 4. SIGReg: is the code a standard Gaussian? LeJEPA, arXiv 2511.08544, Algorithm 1; recurrence and gradient are ours
 
 
 def draw_slices(dimensions, count, generator):
@@ -569,7 +569,7 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
                     slope.addcmul_(imaginary, cos, value=2 * k * weight).addcmul_(real, sin, value=-2 * k * weight)
                     # Angle addition: one cosine serves all knots
                     cos, sin = torch.addcmul(cos * cos1, sin, sin1, value=-1), torch.addcmul(sin * cos1, cos, sin1)
-                slopes.append(dt * slope @ slices.T)  # N times the gradient for the part, (p, N, D)
+                slopes.append(dt * slope @ slices.T)  # of count * total in the codes, (p, N, D)
             gradient = torch.cat(slopes)
         value = count * total + ((codes - codes.detach()) * gradient).sum()  # the sum is 0, its gradient is not
         return value / (len(codes) * slices.shape[1])  # mean over positions and slices
@@ -1409,9 +1409,10 @@ def free_path(folder, name, suffix=""):
 def load_splits(config, given, device):
     """(images, labels) of a run to train and to test on; of the channels that config names, when it does. Images are on
     the device when they take at most half of its free memory, else a batch at a time goes there."""
-    out, folder = given.get("out", None if given.keys() & READERS else Path("runs")), Path(config.dataset).resolve()
-    if out and config.dataset not in PRESETS and folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise BadInput(f"--out {out} is among the images of --dataset {config.dataset}; pictures go there, pass another")
+    dataset, out = config.dataset, given.get("out", None if given.keys() & READERS else Path("runs"))
+    folder = Path(dataset).resolve()
+    if out and dataset not in PRESETS and folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise BadInput(f"--out {out} is among the images of --dataset {dataset}, and pictures go there; pass another")
     splits = load_data(config.dataset, given.get("data", "data"), config.size, config.validation)
     channels = splits[0][0].shape[1]
     if config.channels not in (None, channels):
