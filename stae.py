@@ -724,10 +724,10 @@ class PCA:
         self.mean, self.axes = principal_axes(sample.flatten(1), dimensions)
 
     def encode(self, images):
-        return (images.flatten(1) - self.mean) @ self.axes
+        return (images.flatten(1) - self.mean) @ self.axes  # (B, K), K the dimensions, or fewer for few images
 
     def decode(self, z):
-        return (z @ self.axes.T + self.mean).unflatten(1, self.shape)
+        return (z @ self.axes.T + self.mean).unflatten(1, self.shape)  # (B, C, H, W), not clamped to [0, 1]
 
     def __call__(self, images):
         return self.decode(self.encode(images))
@@ -1038,8 +1038,9 @@ def pictures(models, images, hole=None):
 
 @torch.no_grad()
 def code_pictures(model, train, test):
-    """Rows for save_rows that show what the code is like, from train and test images (N, C, H, W) uint8 -> for each
-    picture what its rows are, and they. Neighbours and statistics are of at most 20,000 training images."""
+    """Show what the code is like, on train and test images (N, C, H, W) uint8, two of each at least -> a dict from each
+    picture's name to (what its rows are, the rows for save_rows). Neighbours and statistics are of at most 20,000
+    training images. "brush" is left out for a global code."""
     device, generator = next(model.parameters()).device, generator_for("cpu", 0)
     train = train[torch.randperm(len(train), generator=generator)[:20_000].to(train.device)]
     x = as_float(test[:16].to(device))
@@ -1368,8 +1369,9 @@ def check_flags(given):
         raise BadInput("--latent-dim and --latent-channels: pass one; before a global code there are --width channels")
     if "hole" in given and not given.keys() & {"masked", "eval", "compare"}:
         raise BadInput(f"--hole {given['hole']}: add --masked, or leave it out")
-    for name in given.keys() & {"recognition", "no_probe"} if given.keys() & {"pictures", "compare"} else ():
-        raise BadInput(f"--{name.replace('_', '-')} belongs to a run or to --eval; leave it out")
+    unused = given.keys() & {"recognition", "no_probe"}
+    if unused and given.keys() & {"pictures", "compare", "benchmark"}:
+        raise BadInput(f"--{min(unused).replace('_', '-')} belongs to a run or to --eval; leave it out")
     low, high = given.get("crop", (0, 1))
     if low > high:
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
@@ -1511,7 +1513,7 @@ def train_command(given):
 
 
 def stored_run(path, given):
-    """A checkpoint for --eval or --compare -> model, config, results; data and hole may be named anew, nothing else."""
+    """A checkpoint that a flag names -> model, config, results; data and hole may be named anew, nothing else."""
     model, stored, results = load_checkpoint(path)
     for name in given.keys() & stored.keys() - {"dataset", "validation", "device", "precision", "hole"}:
         if given[name] != stored[name]:

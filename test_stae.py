@@ -1594,6 +1594,7 @@ def test_pictures_command(here, capsys, flags):
     write_npz("one.npz", channels=1, test=1)
     assert run("--pictures run --dataset one.npz") == 2 and "one image" in capsys.readouterr().err
     assert run("--pictures run --recognition") == 2 and "--recognition belongs" in capsys.readouterr().err
+    assert run("--benchmark --no-probe") == 2 and "--no-probe belongs" in capsys.readouterr().err
     assert run("--compare run --no-probe") == 2 and "--no-probe belongs" in capsys.readouterr().err
 
 
