@@ -38,6 +38,8 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -323,10 +325,10 @@ def generator_for(device, *key):
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def batches(images, batch_size, seed, start, stop, device=None):
+def batches(images, batch_size, seed, start, stop, device=None, part=slice(None)):
     """Yield (step, (B, C, H, W) float in [0, 1] on `device`) for start <= step < stop from (N, C, H, W) uint8, there or
-    elsewhere, in random order. The batch of a step depends on (seed, step) alone. What is left over at the end of an
-    epoch is dropped."""
+    elsewhere, in random order. The batch of a step depends on (seed, step) alone; `part` is what is yielded of it. What
+    is left over at the end of an epoch is dropped."""
     device = device or images.device
     per_epoch, order = len(images) // batch_size, None
     for step in range(start, stop):
@@ -334,7 +336,8 @@ def batches(images, batch_size, seed, start, stop, device=None):
         if order is None or place == 0:
             generator = generator_for(device, seed, ORDER, epoch)
             order = torch.randperm(len(images), generator=generator, device=device).to(images.device)
-        yield step, as_float(images[order[place * batch_size : (place + 1) * batch_size]].to(device))
+        picked = order[place * batch_size : (place + 1) * batch_size][part]
+        yield step, as_float(images[picked].to(device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +457,57 @@ def cut_holes(images, holes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Model: the author's network
+# 3. Model: the author's network. And statistics of a batch that several processes share
+
+
+def processes():
+    """How many processes train together: 1 unless torchrun started several."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
+
+
+class Average(torch.autograd.Function):
+    """Mean of a tensor over all processes, and of its gradient: then the mean over processes of their losses has the
+    gradients that one process with the whole batch would get. (An in-place all_reduce passes no gradient on.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x / processes()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Average.apply(gradient)
+
+
+def average(x):
+    """Mean of a tensor over all processes, each with an equal part of the batch; x itself when there is one."""
+    return x if processes() == 1 else Average.apply(x)
+
+
+def moments(x, dims):
+    """Mean and variance of x over dimensions, kept as 1, and over all processes."""
+    mean = average(x.mean(dim=dims, keepdim=True))
+    return mean, average((x - mean).square().mean(dim=dims, keepdim=True))
+
+
+class CodeNorm(nn.BatchNorm2d):
+    """BatchNorm2d without affine part, which would work against SIGReg. Its batch is that of all processes together, on
+    any device: nn.SyncBatchNorm knows GPUs alone."""
+
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+
+    def forward(self, codes, track=True):
+        if not self.training:
+            return super().forward(codes)
+        mean, variance = moments(codes, (0, 2, 3))
+        if track:
+            count = codes[:, 0].numel() * processes()
+            self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+            self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
+        return (codes - mean) / (variance + self.eps).sqrt()
 
 
 class Down(nn.Module):
@@ -514,7 +567,7 @@ class Autoencoder(nn.Module):
     def __init__(self, channels=3, width=64, latent_channels=8, latent_dim=None, size=None):
         super().__init__()
         self.encoder = Encoder(channels, width, latent_channels, latent_dim, size)
-        self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False)  # affine would work against SIGReg
+        self.norm = CodeNorm(latent_dim or latent_channels)
         layers = [Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)]
         layers.append(nn.Conv2d(width, channels, 3, padding=1))
         if latent_dim:
@@ -550,27 +603,36 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     times the trapezoid on [-t_max, t_max]. Spatial codes: each position over the batch, then mean over positions.
     Expectation 1.05 for N(0, I) codes, whatever N and D; 0.402 * N when every code is 0. It grows with N for a fixed
     mismatch, so its weight in a loss belongs to a batch size. The slices get no gradient."""
-    count, dt = len(codes), t_max / (knots - 1)
+    count, dt = len(codes) * processes(), t_max / (knots - 1)
     with torch.autocast(codes.device.type, enabled=False):  # small differences of means: bf16 would drown them
-        codes = codes.float().reshape(*codes.shape[:2], -1).permute(2, 0, 1)  # (P, N, D), P positions
+        codes = codes.float().reshape(*codes.shape[:2], -1).permute(2, 0, 1)  # (P, n, D), P positions, n of N here
+        k = torch.arange(1, knots, device=codes.device).view(-1, 1, 1, 1)  # at t = 0 there is no difference
+        gaussian = torch.exp(-((k * dt) ** 2) / 2)  # (K, 1, 1, 1)
+        weight = gaussian * torch.where(k == knots - 1, dt, 2 * dt)
         # The gradient is worked out beside the value: autograd would keep every knot's cosines. And in parts of 4 MB,
         # for large codes have many positions
         with torch.no_grad():
             total, slopes = 0.0, []
-            for part in codes.split(max(1, 2**20 // (count * slices.shape[1]))):
-                angle = dt * (part @ slices)  # (p, N, M)
+            for part in codes.split(max(1, 2**20 // (len(codes[0]) * slices.shape[1]))):
+                angle = dt * (part @ slices)  # (p, n, M)
                 cos1, sin1 = angle.cos(), angle.sin()
-                cos, sin, slope = cos1, sin1, torch.zeros_like(angle)
-                for k in range(1, knots):  # at t = 0 there is no difference
-                    gaussian = torch.e ** (-((k * dt) ** 2) / 2)
-                    weight = gaussian * (dt if k == knots - 1 else 2 * dt)
-                    real, imaginary = cos.mean(dim=1, keepdim=True) - gaussian, sin.mean(dim=1, keepdim=True)
-                    total = total + weight * (real**2 + imaginary**2).sum()
-                    slope.addcmul_(imaginary, cos, value=2 * k * weight).addcmul_(real, sin, value=-2 * k * weight)
+                cos, sin, means = cos1, sin1, []
+                for _ in range(1, knots):
+                    means.append(torch.stack((cos.mean(dim=1, keepdim=True), sin.mean(dim=1, keepdim=True))))
                     # Angle addition: one cosine serves all knots
                     cos, sin = torch.addcmul(cos * cos1, sin, sin1, value=-1), torch.addcmul(sin * cos1, cos, sin1)
-                slopes.append(dt * slope @ slices.T)  # of count * total in the codes, (p, N, D)
-            gradient = torch.cat(slopes)
+                cos_mean, sin_mean = average(torch.stack(means)).unbind(dim=1)  # (K, p, 1, M)
+                real, imaginary = cos_mean - gaussian, sin_mean
+                total = total + (weight * (real**2 + imaginary**2)).sum()
+                # The derivative by the angle, sum of 2 k weight (imaginary cos(k angle) - real sin(k angle)), is the
+                # real part of a polynomial in exp(i angle): Horner
+                a, b = 2 * k * weight * imaginary, 2 * k * weight * real
+                u, v = torch.zeros_like(angle), torch.zeros_like(angle)
+                for j in reversed(range(knots - 1)):
+                    u, v = (torch.addcmul(a[j], u, cos1).addcmul_(v, sin1, value=-1),
+                            torch.addcmul(b[j], u, sin1).addcmul_(v, cos1))
+                slopes.append(dt * (u * cos1 - v * sin1) @ slices.T)  # of N * total in the codes, (p, n, D)
+            gradient = torch.cat(slopes) * processes()  # that of the mean of their losses
         value = count * total + ((codes - codes.detach()) * gradient).sum()  # the sum is 0, its gradient is not
         return value / (len(codes) * slices.shape[1])  # mean over positions and slices
 
@@ -597,14 +659,14 @@ def code_distance(target, seen):
     s: the target's standard deviation per channel, over batch and positions. One scale for both sides: normalising each
     by its own statistics, as the author does, would hide any cast common to the batch."""
     target, seen = target.float(), seen.float()
-    scale = target.std(dim=(0, 2, 3), correction=0, keepdim=True)
+    scale = moments(target, (0, 2, 3))[1].clamp(min=1e-12).sqrt()  # the slope of a bare root at 0 is infinite
     return ((seen - target) / (scale + 1e-3)).square().mean()
 
 
 def layer_distance(targets, seen):
     """Sum over layers of mean((seen - target)^2) / (variance of target + 1e-4) -> scalar, float32."""
     pairs = [(t.float(), s.float()) for t, s in zip(targets, seen)]
-    return sum((s - t).square().mean() / (t.var(correction=0) + 1e-4) for t, s in pairs)
+    return sum((s - t).square().mean() / (moments(t, (0, 1, 2, 3))[1].squeeze() + 1e-4) for t, s in pairs)
 
 
 def look(model, judge, images):
@@ -626,7 +688,7 @@ def judge_views(model, judge, images, z, x_hat, views, slices, layer_weight):
         if layer_weight:
             layers = layers + share * layer_distance(target_layers, seen_layers)
         if live:  # normalised by their own batch: the running statistics belong to full images
-            codes += [F.batch_norm(code.float(), None, None, training=True) for code in (target, seen)]
+            codes += [model.norm(code.float(), track=False) for code in (target, seen)]
     gaussian = sum(sigreg(code, slices) for code in codes) / len(codes)  # mean over codes
     terms = {"distance": distance} | ({"layers": layers} if layer_weight else {}) | {"sigreg": gaussian}
     return distance + layer_weight * layers, gaussian, terms
@@ -1112,40 +1174,76 @@ def learning_rate(step, steps, peak):
     return peak * (0.05 + 0.95 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
 
 
-def training_loss(model, images, generator, kept, config):
-    """Make the step's draws and call the objective that config names -> loss, terms. kept: as in judge_weights."""
+def rank():
+    """The number of this process among those that train together, 0 for the one that writes."""
+    return torch.distributed.get_rank() if processes() > 1 else 0
+
+
+def own_part(batch_size):
+    """The part of a batch that this process takes, as a slice."""
+    share = batch_size // processes()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def draw_step(step, device, config):
+    """All that is random in a step, a function of (seed, step) -> holes or None, views, slices, as Objective takes them.
+    Drawn for the whole batch, so that several processes draw the same, and each keeps its part."""
+    shape, part = (config.batch_size, config.channels, config.size, config.size), own_part(config.batch_size)
+    generator = generator_for(device, config.seed, DRAWS, step)
     # The holes are drawn first, so that mse and stae see the same
-    holed = cut_holes(images, draw_holes(images.shape, generator, config.hole)) if config.masked else None
+    holes = draw_holes(shape, generator, config.hole)[part] if config.masked else None
     if config.objective == "mse":
-        return mse_loss(model, images, holed)
-    views = draw_views(config.transform, images.shape, generator, config.views, config.crop, config.mask_ratio)
-    slices = draw_slices(config.latent_dim or config.latent_channels, config.slices, generator)
-    judge = judge_weights(model.encoder, config.judge, kept)
-    rest = views, slices, judge, config.sigreg_weight, config.judge_layers
-    return masked_loss(model, images, holed, *rest) if config.masked else stae_loss(model, images, *rest)
+        return holes, None, None
+    views = draw_views(config.transform, shape, generator, config.views, config.crop, config.mask_ratio)
+    views = [(share, name, None if draw is None else draw[part]) for share, name, draw in views]
+    return holes, views, draw_slices(config.latent_dim or config.latent_channels, config.slices, generator)
+
+
+class Objective(nn.Module):
+    """The loss that config names, of images (B, C, S, S) in [0, 1] and the step's draws -> loss, its terms by name. A
+    module, so that DistributedDataParallel and torch.compile see all of it. kept: as in judge_weights, or None."""
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.model, self.config, self.kept = model, config, None
+        if config.objective == "stae" and config.judge in ("ema", "random"):
+            self.kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
+
+    def forward(self, images, holes, views, slices):
+        config = self.config
+        holed = cut_holes(images, holes) if config.masked else None
+        if config.objective == "mse":
+            return mse_loss(self.model, images, holed)
+        judge = judge_weights(self.model.encoder, config.judge, self.kept)
+        rest = views, slices, judge, config.sigreg_weight, config.judge_layers
+        return masked_loss(self.model, images, holed, *rest) if config.masked else stae_loss(self.model, images, *rest)
 
 
 def start(model, config):
-    """What training needs beside the model -> AdamW; kept weights of the judge (ema, random) or None."""
-    kept = None
-    if config.objective == "stae" and config.judge in ("ema", "random"):
-        kept = {name: weight.detach().clone() for name, weight in model.encoder.named_parameters()}
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True), kept
+    """What training needs beside the model -> its Objective; what to call in its place, the same or wrapped to average
+    gradients over processes; AdamW."""
+    objective = called = Objective(model, config)
+    if config.compile:
+        called.compile(dynamic=False, mode="reduce-overhead" if config.device.startswith("cuda") else "default")
+    if processes() > 1:
+        called = nn.parallel.DistributedDataParallel(objective)
+    return objective, called, torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
 
-def train_step(model, optimizer, images, step, kept, config):
-    """One step on images (B, C, S, S) in [0, 1], drawn for by (seed, step) -> what log.csv tells of it, scalars on the
-    device: reading one waits for it."""
-    device = images.device
+def train_step(objective, called, optimizer, images, step):
+    """One step on images (B, C, S, S) in [0, 1], drawn for by (seed, step), with what `start` returns -> what log.csv
+    tells of it, scalars on the device: reading one waits for it."""
+    config, device, model = objective.config, images.device, objective.model
+    draws = draw_step(step, device, config)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        loss, terms = training_loss(model, images, generator_for(device, config.seed, DRAWS, step), kept, config)
+        loss, terms = called(images, *draws)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    if kept and config.judge == "ema":
+    if config.judge == "ema" and objective.kept:
         for name, weight in model.encoder.named_parameters():
-            kept[name].lerp_(weight.detach(), 1 - 0.999)
+            objective.kept[name].lerp_(weight.detach(), 1 - 0.999)
     return {"loss": loss, **terms, "gradient_norm": norm}
 
 
@@ -1155,17 +1253,18 @@ def train(model, images, steps, config, log_path):
     FloatingPointError when one is not finite."""
     device = next(model.parameters()).device
     every = min(50, max(1, steps // 20))
-    optimizer, kept = start(model, config)
+    engine, part = start(model, config), own_part(config.batch_size)
+    objective, _, optimizer = engine
     sums, logged, begun = 0.0, 0, time.perf_counter()
     model.train()
     with open(log_path, "w") as log:
-        for step, x in batches(images, config.batch_size, config.seed, 0, steps, device):
+        for step, x in batches(images, config.batch_size, config.seed, 0, steps, device, part):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.lr)
-            told = train_step(model, optimizer, x, step, kept, config)
+            told = train_step(*engine, x, step)
             sums = sums + torch.stack([*told.values()]).detach()
             if (step + 1) % every and step + 1 < steps:
                 continue
-            means = dict(zip(told, (sums / (step + 1 - logged)).tolist()))
+            means = dict(zip(told, average(sums / (step + 1 - logged)).tolist()))
             if not math.isfinite(sum(means.values())):
                 raise FloatingPointError(f"step {step + 1}: not finite: {means}; try a lower --lr")
             seconds = time.perf_counter() - begun
@@ -1179,7 +1278,7 @@ def train(model, images, steps, config, log_path):
             text += [f"{name} {mean:.4f}" for name, mean in means.items() if name != "gradient_norm"]
             progress("  ".join(text), step + 1, steps, logged)
             sums, logged = 0.0, step + 1
-    return kept, seconds
+    return objective.kept, seconds
 
 
 def make_classifier(channels, classes, side):
@@ -1266,7 +1365,7 @@ PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of celeb
 DEFAULTS = dict(  # of all sets; None is filled in by the images
     dataset="shapes", size=None, channels=None, validation=0, objective="stae", judge="frozen", crop=[0.25, 1.0],
     views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
-    batch_size=128, seed=0, device="auto", precision="auto",
+    batch_size=128, seed=0, device="auto", precision="auto", compile=False,
 )
 NOT_OF_THE_RUN = ("data", "out", "overwrite", "no_probe", "recognition", "benchmark")  # what a checkpoint leaves out
 READERS = {"eval", "pictures", "compare", "benchmark"}  # flags that do something else than train a run
@@ -1334,6 +1433,7 @@ def build_parser():
     add = group.add_argument
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
+    add("--compile", action="store_true", default=None, help="compile the step: slow to start, then faster")
     add("--out", type=text, metavar="DIR", help="folder to write to (default: a new one under runs/)")
     add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
     add("--no-probe", action="store_true", default=None, help="leave out what is measured of the code with labels")
@@ -1346,12 +1446,43 @@ def build_parser():
     return parser
 
 
+def local_rank():
+    """The number of this process on its machine when torchrun started it, else None."""
+    launched = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return int(os.environ["LOCAL_RANK"]) if launched else None
+
+
 def pick_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device."""
-    names = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    """auto, cpu, cuda or cuda:N -> torch.device. Under torchrun each process of a machine has a GPU of its own."""
+    cards, local = torch.cuda.device_count(), local_rank()
+    names = ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards) if local is None] + ["cpu"]
     if name not in ("auto", *names):
         raise BadInput(f"--device {name}: this machine has {', '.join(names)}; pass one of them or auto")
-    return torch.device(names[0] if name == "auto" else name)
+    name = names[0] if name == "auto" else name
+    if local is None or name == "cpu":
+        return torch.device(name)
+    if local >= cards:
+        raise BadInput(f"--nproc_per_node: this machine has {cards} GPUs; pass {cards}, or --device cpu")
+    return torch.device(f"cuda:{local}")
+
+
+@contextmanager
+def all_processes(device):
+    """Meet the other processes, when torchrun started several, and part from them at the end. Rank 0 alone prints."""
+    stdout = sys.stdout
+    if local_rank() is not None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patience = timedelta(hours=6)  # one process of a machine decodes its images, the others wait for that
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            sys.stdout = nowhere if rank() else stdout
+            yield
+    finally:
+        sys.stdout = stdout
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def pick_precision(name, device):
@@ -1384,7 +1515,14 @@ def check_flags(given):
     used = [name for name in RUN_FILES if "out" in given and (out / name).exists()]
     if used and trains and "overwrite" not in given:
         raise BadInput(f"--out {out} holds a run ({used[0]}); pass another folder, or --overwrite")
-    pick_device(given.get("device", "auto"))
+    device = pick_device(given.get("device", "auto"))
+    if not trains and local_rank() is not None:
+        raise BadInput(f"--{min(given.keys() & READERS)}: torchrun is for training; use python")
+    if "compile" in given:
+        try:
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+        except Exception as error:  # no compiler, no Triton, a Python that is too new
+            raise BadInput(f"--compile: torch.compile does not work here ({error}); leave it out") from None
 
 
 def check_sizes(config, count):
@@ -1398,6 +1536,8 @@ def check_sizes(config, count):
                        "code is larger than the image")
     if config.batch_size > count:
         raise BadInput(f"--batch-size {config.batch_size}: more than the training images; pass {count} or less")
+    if config.batch_size % processes():
+        raise BadInput(f"--batch-size {config.batch_size}: is shared by {processes()} processes; pass a multiple of it")
 
 
 def free_path(folder, name, suffix=""):
@@ -1481,7 +1621,22 @@ def resolve(given, device, channels, size, count):
 def train_command(given):
     """Train, measure and draw one run."""
     device = pick_device(given.get("device", "auto"))
+    with all_processes(device):
+        run = train_run(given, device)
+    if run:
+        finish_run(given, *run)
+
+
+def train_run(given, device):
+    """Train as the flags ask and write the checkpoint -> what finish_run takes; None for all ranks but 0."""
+    if local_rank():
+        try:
+            torch.distributed.barrier()  # until the first process of the machine has downloaded and decoded
+        except RuntimeError:
+            raise BadInput("the first process of this machine has stopped; see what it says") from None
     splits = load_splits(argparse.Namespace(**DEFAULTS | given), given, device)
+    if local_rank() == 0:
+        torch.distributed.barrier()
     (images, _), (test_images, _) = splits
     config = resolve(given, device, *images.shape[1:3], len(images))
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
@@ -1494,6 +1649,8 @@ def train_command(given):
 
     torch.manual_seed(config.seed)
     model = make_model(config).to(device, memory_format=torch.channels_last)
+    if rank():
+        return train(model, images, steps, config, os.devnull) and None
     parts = [Path(config.dataset).absolute().stem, *["masked"] * config.masked, config.objective, config.transform]
     run = "-".join([*parts, config.judge, f"s{config.seed}"])
     folder = given.get("out") or free_path(Path("runs"), run)
@@ -1505,9 +1662,15 @@ def train_command(given):
     results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
     contents = {"config": vars(config), "model": model.state_dict(), "judge": kept, "results": results}
     save_whole(folder / "checkpoint.pt", contents)
+    return model, splits, config, results, folder
+
+
+def finish_run(given, model, splits, config, results, folder):
+    """Measure and draw a trained run."""
     measure(model, splits, config, given, results, folder / "metrics.json", folder / "reconstructions.png")
+    test_images = splits[1][0]
     x, x_hat = pictures([model], test_images)
-    views = draw_views(config.transform, x.shape, generator_for(device, 0), 1, config.crop, config.mask_ratio)
+    views = draw_views(config.transform, x.shape, generator_for(x.device, 0), 1, config.crop, config.mask_ratio)
     seen = [apply_transform(name, draw, batch) for _, name, draw in views for batch in (x, x_hat)]
     save_rows(folder / "transforms.png", [x, *seen])
 
@@ -1567,17 +1730,17 @@ def benchmark_command(given, warmup=3, repeats=15):
         """Yield the floating-point operations of a step, then milliseconds a step, each time of a block of steps."""
         own = argparse.Namespace(**vars(config) | {"objective": objective})
         model = make_model(own).to(device, memory_format=torch.channels_last)
-        optimizer, kept = start(model, own)
+        engine = start(model, own)
         feed = batches(images, own.batch_size, own.seed, 0, 10**9)
         with FlopCounterMode(display=False) as counter:
-            train_step(model, optimizer, next(feed)[1], 0, kept, own)
+            train_step(*engine, next(feed)[1], 0)
         yield counter.get_total_flops()
         while True:
             wait()
             begun = time.perf_counter()
             for _ in range(block):
                 step, x = next(feed)
-                train_step(model, optimizer, x, step, kept, own)
+                train_step(*engine, x, step)
             wait()
             yield 1000 * (time.perf_counter() - begun) / block
 
@@ -1640,6 +1803,8 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a bug of ours: its traceback is wanted
         code = 2 if isinstance(error, BadInput) else 1
+        if code == 2 and local_rank():
+            return code  # the first process of the machine says it
         print("\n" * (code == 1) + f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
