@@ -8,6 +8,7 @@ autoencoder 29.9, PCA 24.1), CIFAR-10 at 21.2 dB (the plain autoencoder 22.8, PC
     python stae.py --dataset cifar10 --objective mse     # the plain autoencoder, everything else equal
     python stae.py --dataset celeba --masked             # faces, with a hole in them
     python stae.py --dataset my_photos/ --size 64        # any folder of images, or an .npz
+    python stae.py --resume runs/NAME                    # after an interruption
     python stae.py --eval runs/NAME/checkpoint.pt        # the table and the picture again
     python stae.py --pictures runs/NAME/checkpoint.pt    # what its code is like
 
@@ -34,7 +35,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -161,8 +164,14 @@ def decode(folder, names, size, crop):
     """Yield (name, uint8 (3, S, S)) for each image file in `folder` that can be read, RGB, fitted, by several threads.
     The others are counted, the first named. Raises BadInput when two images differ in size, or none can be read."""
 
+    warnings.filterwarnings("error", message=".*decompression bomb")  # Pillow only warns of the smaller ones
+
     def read(name):
         try:
+            with open(folder / name, "rb") as file:
+                head = file.read(26)
+            if head.startswith(b"\x89PNG") and head[24:] == b"\x10\0":
+                raise ValueError("16-bit grey, which Pillow would clip to white; convert it to 8 bits")
             return TF.pil_to_tensor(fit(default_loader(folder / name), size, crop)).contiguous()
         except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, ...
             return f"{folder / name} ({error})"
@@ -508,6 +517,10 @@ class CodeNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
             self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
         return (codes - mean) / (variance + self.eps).sqrt()
+
+    def weakest(self):
+        """The smallest deviation of a channel of the code, a number: near 1, near 0 on collapse."""
+        return (self.running_var / (self.running_var + self.eps)).sqrt().min().item()
 
 
 class Down(nn.Module):
@@ -1240,6 +1253,8 @@ def train_step(objective, called, optimizer, images, step):
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # The fused AdamW does nothing when this is 1, as torch.amp has it: no bad step is taken, and nothing waits to know
+    optimizer.grad_scale, optimizer.found_inf = None, 1 - (loss.detach() + norm).isfinite().float()
     optimizer.step()
     if config.judge == "ema" and objective.kept:
         for name, weight in model.encoder.named_parameters():
@@ -1247,38 +1262,92 @@ def train_step(objective, called, optimizer, images, step):
     return {"loss": loss, **terms, "gradient_norm": norm}
 
 
-def train(model, images, steps, config, log_path):
-    """Train on (N, C, H, W) uint8, here or elsewhere -> kept weights of the judge (ema, random) or None, seconds.
-    config: the resolved flags. Each row of `log_path` is a mean over the steps since the row before. Raises
-    FloatingPointError when one is not finite."""
-    device = next(model.parameters()).device
+@contextmanager
+def on_signals(handler):
+    """Have Ctrl-C and SIGTERM call handler(number, frame) meanwhile, in the main thread, which alone gets them."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cut_log(path, last):
+    """Keep of a log.csv what is whole and not beyond the step `last`."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if line.startswith("step") or int(line.split(",")[0]) <= last]
+        Path(f"{path}.tmp").write_text("".join(kept))
+        os.replace(f"{path}.tmp", path)
+
+
+def check_finite(rows, names, step):
+    """Raise FloatingPointError when something was not finite in rows (k, terms), of the k steps that end with `step`."""
+    bad = ~rows.isfinite()
+    if bad.any():
+        first = bad.any(dim=1).nonzero()[0].item()
+        terms = ", ".join(f"{name} {rows[first, i].item()}" for i, name in enumerate(names) if bad[first, i])
+        raise FloatingPointError(f"step {step - len(rows) + 1 + first}: not finite: {terms}; try a lower --lr")
+
+
+def train(model, images, steps, config, log_path, state=None, save=None, minutes=5.0):
+    """Train on (N, C, H, W) uint8, here or elsewhere. Each row of `log_path` is a mean over the steps since the row before.
+    config: the resolved flags. save: is called with a state every so many minutes, at the end, and before
+    KeyboardInterrupt(number) is raised for a signal. state: one of these, to go on from, with the model as it was.
+    Raises FloatingPointError when something is not finite, and saves no more."""
+    device, part = next(model.parameters()).device, own_part(config.batch_size)
     every = min(50, max(1, steps // 20))
-    engine, part = start(model, config), own_part(config.batch_size)
+    engine = start(model, config)
     objective, _, optimizer = engine
-    sums, logged, begun = 0.0, 0, time.perf_counter()
+    done, logged, recent, past = 0, 0, [], 0.0  # steps; of them in the log; what train_step told since; seconds
+    if state:
+        done, logged, recent, past = state["step"], state["logged"], [*state["recent"].to(device)], state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        if state["judge"]:
+            objective.kept = {name: weight.to(device) for name, weight in state["judge"].items()}
+        if rank() == 0:
+            cut_log(log_path, logged)
+    begun = saved = time.perf_counter()
+    stops = []
     model.train()
-    with open(log_path, "w") as log:
-        for step, x in batches(images, config.batch_size, config.seed, 0, steps, device, part):
+    # A step is never cut in two: signals wait for its end
+    with on_signals(lambda number, _: stops.append(number)), open(log_path, "a") as log:
+        for step, x in batches(images, config.batch_size, config.seed, done, steps, device, part):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.lr)
             told = train_step(*engine, x, step)
-            sums = sums + torch.stack([*told.values()]).detach()
-            if (step + 1) % every and step + 1 < steps:
-                continue
-            means = dict(zip(told, average(sums / (step + 1 - logged)).tolist()))
-            if not math.isfinite(sum(means.values())):
-                raise FloatingPointError(f"step {step + 1}: not finite: {means}; try a lower --lr")
-            seconds = time.perf_counter() - begun
-            row = {"step": step + 1, **means, "lr": learning_rate(step, steps, config.lr), "seconds": seconds}
-            row["images_per_second"] = (step + 1) * config.batch_size / seconds
-            if logged == 0:
-                print(*row, sep=",", file=log)
-            print(*row.values(), sep=",", file=log, flush=True)
-            left = seconds * (steps / (step + 1) - 1)
-            text = [f"step {step + 1}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"]
-            text += [f"{name} {mean:.4f}" for name, mean in means.items() if name != "gradient_norm"]
-            progress("  ".join(text), step + 1, steps, logged)
-            sums, logged = 0.0, step + 1
-    return objective.kept, seconds
+            recent.append(torch.stack([*told.values()]).detach())
+            done, stop = step + 1, bool(stops)
+            seconds = past + time.perf_counter() - begun
+            if done % every == 0 or done == steps:
+                rows = average(torch.stack(recent))
+                check_finite(rows, told, done)
+                means = dict(zip(told, rows.mean(dim=0).tolist()))
+                row = {"step": done, **means, "min_std": model.norm.weakest(), "lr": learning_rate(step, steps, config.lr)}
+                row |= {"seconds": seconds, "images_per_second": done * config.batch_size / seconds}
+                if log.tell() == 0:
+                    print(*row, sep=",", file=log)
+                print(*row.values(), sep=",", file=log, flush=True)
+                text = [f"step {done}/{steps}  {row['images_per_second']:,.0f} images/s"]
+                text += [f"{seconds * (steps / done - 1):.0f} s left"]
+                text += [f"{name} {mean:.4f}" for name, mean in means.items() if name != "gradient_norm"]
+                progress("  ".join(text), done, steps, logged)
+                if row["min_std"] < 0.1:
+                    print(f"step {done}: the code collapses, its weakest channel has a deviation of {row['min_std']:.2g}; "
+                          "try a higher --sigreg-weight or a lower --lr", file=sys.stderr)
+                logged, recent = done, []
+                stop = average(torch.tensor(float(stop), device=device)).item() > 0
+            elif processes() > 1:
+                stop = False  # all must stop at the same step: they ask one another at each row
+            if save and (stop or done == steps or time.perf_counter() - saved > 60 * minutes):
+                rows = torch.stack(recent) if recent else torch.empty(0)
+                check_finite(rows, told, done)
+                save({"step": done, "logged": logged, "recent": rows, "seconds": seconds, "judge": objective.kept,
+                      "optimizer": optimizer.state_dict()})
+                saved = time.perf_counter()
+            if stop:
+                raise KeyboardInterrupt(*stops[:1])
 
 
 def make_classifier(channels, classes, side):
@@ -1327,26 +1396,53 @@ def make_model(config):
 
 
 def save_whole(path, contents):
-    """Write plain dicts and tensors, which load with weights_only=True; the file appears whole or not at all."""
-    torch.save(contents, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Write plain dicts and tensors, which load with weights_only=True; the file appears whole or not at all. Raises
+    OSError when it cannot be written; what was there before is there still."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is either to torch.save
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error})") from None
+
+
+def check_config(config):
+    """Raise unless the configuration of a checkpoint is one that the command line could have given."""
+    flags = []
+    for name, value in config.items():
+        if name != "channels" and value not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            flags += [flag, *map(str, value)] if isinstance(value, list) else [flag if value is True else f"{flag}={value}"]
+    build_parser().parse_args(flags)
+    if config.keys() != {*DEFAULTS, *PRESETS["shapes"]}:
+        raise BadInput(f"settings {sorted(config)}")
+    if config["channels"] not in (1, 3):
+        raise BadInput(f"{config['channels']} channels")
+    check_sizes(argparse.Namespace(**config | {"batch_size": 1}), 1)
 
 
 def load_checkpoint(path):
-    """Read a checkpoint, or a run folder's -> Autoencoder on the CPU in eval mode, config, results (two dicts)."""
+    """Read a checkpoint, or a run folder's, from anybody -> Autoencoder on the CPU in eval mode, float32; its config, a
+    dict; all that the file holds. Raises BadInput when it is not one, before anything of its size is made."""
     folder, path = Path(path), Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     if not path.exists():
         runs = sorted(str(run.parent) for run in folder.glob("*/checkpoint.pt"))
         raise BadInput(f"{path}: no such file" + (f"; a run is {runs[0]}" if runs else ""))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, results = DEFAULTS | checkpoint["config"], checkpoint["results"]  # flags newer than the file
-        model = make_model(argparse.Namespace(**config))
-        model.load_state_dict(checkpoint["model"])
-        checkpoint["config"]["dataset"], results["seed"]  # a foreign file may lack them
+        config = DEFAULTS | checkpoint["config"]  # flags newer than the file
+        check_config(config)
+        with torch.device("meta"):
+            model = make_model(argparse.Namespace(**config))
+        model.load_state_dict(checkpoint["model"], assign=True)
+        checkpoint["results"]["seed"]
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise BadInput(f"{path}: not a checkpoint of stae.py ({type(error).__name__})") from None
-    return model.eval(), config, results
+        raise BadInput(f"{path}: not a checkpoint of stae.py ({' '.join(str(error).split())[:200]})") from None
+    return model.float().eval(), config, checkpoint
 
 
 def load_model(path, device="cpu"):
@@ -1367,7 +1463,11 @@ DEFAULTS = dict(  # of all sets; None is filled in by the images
     views=1, judge_layers=0.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
     batch_size=128, seed=0, device="auto", precision="auto", compile=False,
 )
-NOT_OF_THE_RUN = ("data", "out", "overwrite", "no_probe", "recognition", "benchmark")  # what a checkpoint leaves out
+NOT_OF_THE_RUN = (  # what a checkpoint leaves out
+    "data", "out", "overwrite", "no_probe", "recognition", "benchmark", "resume", "save_every",
+)
+ON_RESUME = {"dataset", "device", "precision", "compile", "epochs", "lr"}  # of a run's flags, what may change there
+ON_EVAL = {"dataset", "device", "precision", "validation", "hole"}
 READERS = {"eval", "pictures", "compare", "benchmark"}  # flags that do something else than train a run
 RUN_FILES = ("checkpoint.pt", "metrics.json", "log.csv", "reconstructions.png", "transforms.png")
 
@@ -1402,6 +1502,7 @@ def build_parser():
     natural = number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
     share = number(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
     part = number(float, "a number in (0, 1)", lambda v: 0 < v < 1)
+    minutes = number(float, "a number above 0", lambda v: 0 < v < math.inf)
     weight = number(float, "a number from 0", lambda v: 0 <= v < math.inf)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", type=text, metavar="SET", help="shapes (default), cifar10, celeba, a folder of images, an .npz")
@@ -1435,10 +1536,12 @@ def build_parser():
     add("--precision", choices=("auto", "fp32", "bf16"), help="of training (default: auto, bf16 where built in)")
     add("--compile", action="store_true", default=None, help="compile the step: slow to start, then faster")
     add("--out", type=text, metavar="DIR", help="folder to write to (default: a new one under runs/)")
+    add("--save-every", type=minutes, metavar="MINUTES", help="between checkpoints, fractions allowed (default: 5)")
     add("--overwrite", action="store_true", default=None, help="replace the run that --out holds")
     add("--no-probe", action="store_true", default=None, help="leave out what is measured of the code with labels")
     add("--recognition", action="store_true", default=None, help="let a classifier of originals name reconstructions")
     add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", type=Path, metavar="RUN", help="go on with the run in that folder, to its --epochs or to more")
     add("--eval", type=Path, metavar="CHECKPOINT", help="measure a checkpoint instead of training")
     add("--pictures", type=Path, metavar="CHECKPOINT", help="draw what its code is like")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="draw what each run folder makes of the test images")
@@ -1508,7 +1611,12 @@ def check_flags(given):
         raise BadInput(f"--crop {low} {high}: MIN is above MAX; swap them")
     if Path(given.get("data", ".")).exists() and not Path(given.get("data", ".")).is_dir():
         raise BadInput(f"--data {given['data']} is not a folder")
-    trains, out = not given.keys() & READERS, given.get("out", Path("runs"))
+    if "resume" in given and given.keys() & {"out", "overwrite"}:
+        raise BadInput(f"--resume {given['resume']}: goes on in that folder; leave --out and --overwrite out")
+    if "save_every" in given and given.keys() & READERS:
+        raise BadInput("--save-every belongs to a run; leave it out")
+    trains = not given.keys() & READERS
+    out = given.get("out", run_folder(given["resume"]) if "resume" in given else Path("runs"))
     base = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if (trains or "out" in given) and not (base.is_dir() and os.access(base, os.W_OK)):
         raise BadInput(f"--out {out}: {base} is not a folder that can be written; pass another")
@@ -1551,7 +1659,7 @@ def free_path(folder, name, suffix=""):
 def load_splits(config, given, device):
     """(images, labels) of a run to train and to test on; of the channels that config names, when it does. Images are on
     the device when they take at most half of its free memory, else a batch at a time goes there."""
-    dataset, out = config.dataset, given.get("out", None if given.keys() & READERS else Path("runs"))
+    dataset, out = config.dataset, given.get("out", None if given.keys() & {*READERS, "resume"} else Path("runs"))
     folder = Path(dataset).resolve()
     if out and dataset not in PRESETS and folder.is_dir() and out.resolve().is_relative_to(folder):
         raise BadInput(f"--out {out} is among the images of --dataset {dataset}, and pictures go there; pass another")
@@ -1567,14 +1675,18 @@ def load_splits(config, given, device):
     return [(images.to(device), labels) for images, labels in splits]
 
 
+def fingerprint(images, labels=None):
+    """8 letters made of a thousand of the images (N, C, H, W) uint8 and of all labels."""
+    some = images[:: 1 + len(images) // 1000].cpu().contiguous().numpy()
+    return hashlib.sha256(some.tobytes() + (b"" if labels is None else labels.numpy().tobytes())).hexdigest()[:8]
+
+
 def kept_classifier(train, config, given, device):
     """The classifier that --recognition asks: trained once for a set of training images, and kept beside them under a
     name that is made of what they are."""
     images, labels = train
-    some = images[:: 1 + len(images) // 1000].cpu().contiguous().numpy()
-    stamp = hashlib.sha256(some.tobytes() + labels.numpy().tobytes()).hexdigest()[:8]
     beside = Path(given.get("data", "data"), config.dataset) if config.dataset in PRESETS else config.dataset
-    path = Path(f"{os.path.abspath(beside)}.stae-classifier-{stamp}.pt")
+    path = Path(f"{os.path.abspath(beside)}.stae-classifier-{fingerprint(images, labels)}.pt")
     kind = images.shape[1], int(labels.max()) + 1, images.shape[2]
     try:
         model = make_classifier(*kind)
@@ -1587,7 +1699,7 @@ def kept_classifier(train, config, given, device):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(path, model.state_dict())
         print(f"the classifier is kept in {path}")
-    except (OSError, RuntimeError) as error:  # a full disk is either to torch.save
+    except OSError as error:
         print(f"the classifier is not kept ({error})", file=sys.stderr)
     return model
 
@@ -1619,50 +1731,80 @@ def resolve(given, device, channels, size, count):
 
 
 def train_command(given):
-    """Train, measure and draw one run."""
-    device = pick_device(given.get("device", "auto"))
+    """Train, or go on with, a run; measure and draw it."""
+    stored = stored_run(given["resume"], given, ON_RESUME) if "resume" in given else None
+    device = pick_device(stored[1].device if stored else given.get("device", "auto"))
     with all_processes(device):
-        run = train_run(given, device)
+        run = train_run(given, device, stored)
     if run:
         finish_run(given, *run)
 
 
-def train_run(given, device):
-    """Train as the flags ask and write the checkpoint -> what finish_run takes; None for all ranks but 0."""
+def train_run(given, device, stored):
+    """Train as the flags ask, from the start or from what stored_run gives -> what finish_run takes; None for all ranks
+    but 0. Every so often, at the end and when interrupted the checkpoint is written."""
     if local_rank():
         try:
             torch.distributed.barrier()  # until the first process of the machine has downloaded and decoded
         except RuntimeError:
             raise BadInput("the first process of this machine has stopped; see what it says") from None
-    splits = load_splits(argparse.Namespace(**DEFAULTS | given), given, device)
+    splits = load_splits(stored[1] if stored else argparse.Namespace(**DEFAULTS | given), given, device)
     if local_rank() == 0:
         torch.distributed.barrier()
-    (images, _), (test_images, _) = splits
-    config = resolve(given, device, *images.shape[1:3], len(images))
+    images = splits[0][0]
+    data, state = fingerprint(images), None
+    if stored:
+        model, config, checkpoint = stored
+        state = checkpoint["state"]
+        check_sizes(config, len(images))
+        if data != state["data"]:
+            raise BadInput(f"{config.dataset}: its images ({data}) are not those that {given['resume']} was trained on "
+                           f"({state['data']}); pass them as --dataset, or start a new run")
+    else:
+        config = resolve(given, device, *images.shape[1:3], len(images))
+        torch.manual_seed(config.seed)
+        model = make_model(config)
+    model.to(device, memory_format=torch.channels_last)
+    steps = config.epochs * (len(images) // config.batch_size)
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
         print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
-    print(f"{len(images):,} images to train on, {len(test_images):,} to test on")
-    steps = config.epochs * (len(images) // config.batch_size)
-    if steps < 300:
+    print(f"{len(images):,} images to train on, {len(splits[1][0]):,} to test on")
+    if stored:
+        print(f"going on after step {state['step']:,} of {steps:,}")
+        if {"epochs", "lr"} & given.keys():
+            print(f"the learning rate follows the schedule of {steps:,} steps to a peak of {config.lr} from here on")
+    elif steps < 300:
         print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
-
-    torch.manual_seed(config.seed)
-    model = make_model(config).to(device, memory_format=torch.channels_last)
     if rank():
-        return train(model, images, steps, config, os.devnull) and None
+        return train(model, images, steps, config, Path(os.devnull), state)
+
     parts = [Path(config.dataset).absolute().stem, *["masked"] * config.masked, config.objective, config.transform]
     run = "-".join([*parts, config.judge, f"s{config.seed}"])
-    folder = given.get("out") or free_path(Path("runs"), run)
-    folder.mkdir(parents=True, exist_ok="out" in given)
-    for old in RUN_FILES:
-        (folder / old).unlink(missing_ok=True)
-    kept, seconds = train(model, images, steps, config, folder / "log.csv")
-    speed = round(steps * config.batch_size / seconds, 1)
-    results = {"train_seconds": round(seconds, 1), "images_per_second": speed, "seed": config.seed}
-    contents = {"config": vars(config), "model": model.state_dict(), "judge": kept, "results": results}
-    save_whole(folder / "checkpoint.pt", contents)
-    return model, splits, config, results, folder
+    folder = run_folder(given["resume"]) if stored else given.get("out") or free_path(Path("runs"), run)
+    path = folder / "checkpoint.pt"
+    if not stored:
+        folder.mkdir(parents=True, exist_ok="out" in given)
+        for old in RUN_FILES:
+            (folder / old).unlink(missing_ok=True)
+
+    def summary(state):
+        speed = round(state["step"] * config.batch_size / state["seconds"], 1)
+        return {"train_seconds": round(state["seconds"], 1), "images_per_second": speed, "seed": config.seed}
+
+    def save(new):
+        nonlocal state
+        state = new | {"data": data}
+        whole = {"config": vars(config), "model": model.state_dict(), "results": summary(state), "state": state}
+        save_whole(path, whole)
+
+    try:
+        train(model, images, steps, config, folder / "log.csv", state, save, given.get("save_every", 5.0))
+    except (FloatingPointError, KeyboardInterrupt, OSError):
+        if path.exists():
+            print(f"\n{path} is whole; go on with: python stae.py --resume {folder}", file=sys.stderr)
+        raise
+    return model, splits, config, summary(state), folder
 
 
 def finish_run(given, model, splits, config, results, folder):
@@ -1675,36 +1817,50 @@ def finish_run(given, model, splits, config, results, folder):
     save_rows(folder / "transforms.png", [x, *seen])
 
 
-def stored_run(path, given):
-    """A checkpoint that a flag names -> model, config, results; data and hole may be named anew, nothing else."""
-    model, stored, results = load_checkpoint(path)
-    for name in given.keys() & stored.keys() - {"dataset", "validation", "device", "precision", "hole"}:
+def run_folder(path):
+    """The folder of a run that is named by itself or by its checkpoint."""
+    return path if path.is_dir() else path.parent
+
+
+def stored_run(path, given, free):
+    """A checkpoint that a flag names -> model, config, all that the file holds. Of the flags of a run those in `free` may
+    be given anew. Raises BadInput for another, with both values."""
+    model, stored, checkpoint = load_checkpoint(path)
+    for name in given.keys() & stored.keys() - free:
         if given[name] != stored[name]:
             flag = name.replace("_", "-")
             raise BadInput(f"--{flag} {given[name]}: {path} was trained with {stored[name]}; leave the flag out")
-    if given.get("validation", 0) > stored["validation"] and "dataset" not in given:
+    if "resume" in given:
+        state = checkpoint.get("state")
+        if not state:
+            raise BadInput(f"--resume {path}: the file holds a model alone, not the state of its training")
+        if given.get("epochs", stored["epochs"]) < stored["epochs"]:
+            raise BadInput(f"--epochs {given['epochs']}: {path} is a run of {stored['epochs']}; pass as many or more")
+    elif given.get("validation", 0) > stored["validation"] and "dataset" not in given:
         raise BadInput(f"--validation {given['validation']}: {path} was trained on those images; leave the flag out")
-    if "dataset" in given:
+    elif "dataset" in given:
         stored["validation"] = 0  # it was a slice of other data
-    elif stored["dataset"] not in PRESETS and not Path(stored["dataset"]).exists():
-        raise BadInput(f"{path} was trained on {stored['dataset']}, which is not there from here; pass it as --dataset")
-    return model, argparse.Namespace(**stored | given), results
+    dataset = given.get("dataset", stored["dataset"])
+    if dataset not in PRESETS and not Path(dataset).exists():
+        raise BadInput(f"{path} was trained on {dataset}, which is not there from here; pass it as --dataset")
+    return model, argparse.Namespace(**stored | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN}), checkpoint
 
 
 def checkpoint_command(given):
     """--eval: measure a checkpoint on its own data or on --dataset. --pictures: draw what its code is like. The files
     go to --out or beside the checkpoint."""
     path = given["eval"] if "eval" in given else given["pictures"]
-    model, config, results = stored_run(path, given)
+    model, config, checkpoint = stored_run(path, given, ON_EVAL)
     device = pick_device(given.get("device", "auto"))
     splits = load_splits(config, given, device)
     images = [images for images, _ in splits]
     if "pictures" in given and min(map(len, images)) < 2:
         raise BadInput(f"--pictures: {config.dataset} has one image to train or to test on; it takes two of each")
-    folder = given.get("out") or (path if path.is_dir() else path.parent)
+    folder = given.get("out") or run_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     if "eval" in given:
         table = free_path(folder, f"eval-{Path(config.dataset).absolute().stem}", ".json")
+        results = checkpoint["results"]
         return measure(model.to(device), splits, config, given, results, table, free_path(folder, table.stem, ".png"))
     drawn = code_pictures(model.to(device), *images)
     for name, (legend, rows) in drawn.items():
@@ -1772,7 +1928,7 @@ def benchmark_command(given, warmup=3, repeats=15):
 def compare_command(given):
     """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder. When
     one of the runs is masked, all are shown holes (the first such run's, or --hole) as well."""
-    models, configs, _ = zip(*(stored_run(path, given) for path in given["compare"]))
+    models, configs, _ = zip(*(stored_run(path, given, ON_EVAL) for path in given["compare"]))
     sets = {(config.dataset, config.size, config.channels, config.validation) for config in configs}
     if len(sets) > 1:
         raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
@@ -1788,8 +1944,14 @@ def compare_command(given):
     print(f"written to {path}; rows from the top: {', '.join(rows)}")
 
 
+def interrupt(number, _):
+    """What a signal does outside of training: end what runs, with its clean-up."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 interrupted."""
+    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 or 143 interrupted
+    by Ctrl-C or SIGTERM."""
     try:
         given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
         if "out" in given:
@@ -1797,7 +1959,8 @@ def main(argv=None):
         check_flags(given)
         commands = {"eval": checkpoint_command, "pictures": checkpoint_command, "compare": compare_command,
                     "benchmark": benchmark_command}
-        next((commands[name] for name in commands if name in given), train_command)(given)
+        with on_signals(interrupt):
+            next((commands[name] for name in commands if name in given), train_command)(given)
         return 0
     except (BadInput, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -1807,9 +1970,9 @@ def main(argv=None):
             return code  # the first process of the machine says it
         print("\n" * (code == 1) + f"stae.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nstae.py: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
 if __name__ == "__main__":

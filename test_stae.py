@@ -2,6 +2,7 @@
 import ast
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,9 +10,12 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import urllib.error
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1265,6 +1269,12 @@ def test_generator_depends_on_its_key_alone():
     assert len({tuple(draw(seed, kind, step)) for seed in range(5) for kind in (0, 1) for step in range(50)}) == 500
 
 
+def share_runs(rank, folder):
+    """Two processes: as they should, then with averages that pass no gradient on."""
+    share_a_run(rank, 2, folder)
+    share_a_run(rank, 2, folder, plainly=True)
+
+
 def share_a_run(rank, world, folder, plainly=False):
     """What a process of `world` ones makes of one step's loss and gradients, and of 20 steps, for each objective."""
     torch.set_num_threads(1)
@@ -1285,7 +1295,7 @@ def share_a_run(rank, world, folder, plainly=False):
         loss, _ = engine[1](next(feed)[1], *stae.draw_step(0, torch.device("cpu"), config))
         loss.backward()
         results[name] = {"loss": stae.average(loss.detach()), "gradients": gradients(model)}
-        for step, x in feed:
+        for step, x in feed if not plainly else ():
             stae.train_step(*engine, x, step)
         results[name]["weights"] = {key: value.clone() for key, value in model.state_dict().items()}
         results[name]["images"] = model.eval()(stae.as_float(images)).detach()
@@ -1305,8 +1315,7 @@ def shared_runs(tmp_path_factory):
     """What one process says, what two say with half a batch each, and two whose averages pass no gradient on."""
     folder = tmp_path_factory.mktemp("processes")
     share_a_run(0, 1, folder)
-    for plainly in (False, True):
-        torch.multiprocessing.spawn(share_a_run, (2, folder, plainly), nprocs=2)
+    torch.multiprocessing.spawn(share_runs, (folder,), nprocs=2)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     return [torch.load(folder / f"{name}.pt") for name in ("1-False", "2-False", "2-True")]
 
@@ -1365,15 +1374,14 @@ def test_torchrun_writes_the_run_of_one_process(here):
     assert out.count("measuring on") == out.count("written to") == 1 and sorted(os.listdir()) == ["one", "tiny.npz", "two"]
     one, two = (torch.load(here / name / "checkpoint.pt") for name in ("one", "two"))
     assert one["config"] == two["config"]
-    for part in ("model", "judge"):
-        for name, value in one[part].items():
-            torch.testing.assert_close(two[part][name], value, atol=1e-3, rtol=0)
+    for one, two in ((one["model"], two["model"]), (one["state"]["judge"], two["state"]["judge"])):
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=1e-3, rtol=0)
     rows = [np.loadtxt(here / name / "log.csv", delimiter=",", skiprows=1)[:, :4] for name in ("one", "two")]
     np.testing.assert_allclose(*rows, rtol=1e-3)
 
 
-@pytest.mark.parametrize("line, says", [(f"{TINY} --batch-size 7", "shared by 2 processes"),
-                                        ("--dataset nope", "--dataset nope"), ("--eval one", "--eval: torchrun")])
+@pytest.mark.parametrize("line, says", [(f"{TINY} --batch-size 7", "shared by 2 processes"), ("--dataset nope", "--dataset nope")])
 def test_torchrun_tells_bad_input_once(here, line, says):
     code, _, error = torchrun(line)
     assert code and error.count("stae.py: error") == 1 and says in error and "stae.py\", line" not in error
@@ -1392,12 +1400,12 @@ def test_command_line_for_every_transform_and_judge(here, capsys, transform, jud
     )
     assert metrics["code_size"] == 16 and math.isfinite(metrics["psnr"])
     rows = (folder / "log.csv").read_text().splitlines()
-    assert rows[0] == "step,loss,distance,layers,sigreg,gradient_norm,lr,seconds,images_per_second"
+    assert rows[0] == "step,loss,distance,layers,sigreg,gradient_norm,min_std,lr,seconds,images_per_second"
     assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
     loss, distance, layers, sigreg = map(float, rows[1].split(",")[1:5])
     assert loss == pytest.approx(distance + 0.3 * layers + 0.03 * sigreg, rel=1e-5)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert (checkpoint["judge"] is not None) == (judge in ("ema", "random"))
+    assert (checkpoint["state"]["judge"] is not None) == (judge in ("ema", "random"))
     out = capsys.readouterr().out
     assert out.index(f"transform={transform}") < out.index("step 1/3") < out.index("psnr_luma")
     picture = pil_to_tensor(default_loader(folder / "reconstructions.png"))
@@ -1513,7 +1521,7 @@ def test_mse_ignores_judge_and_transform(here):
         assert run(f"{TINY} --objective mse {flags}") == 0
     one, other = (stae.load_model(f"runs/tiny-mse-{name}-s0/checkpoint.pt") for name in ("crop-frozen", "pixel-ema"))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
-    assert torch.load("runs/tiny-mse-pixel-ema-s0/checkpoint.pt", weights_only=True)["judge"] is None
+    assert torch.load("runs/tiny-mse-pixel-ema-s0/checkpoint.pt", weights_only=True)["state"]["judge"] is None
 
 
 def test_same_seed_same_weights_other_seed_other_weights(here):
@@ -1529,10 +1537,10 @@ def test_ema_judge_is_an_average_and_random_judge_stays(here):
         assert run(f"{TINY} --judge {judge} --out {judge}") == 0
     torch.manual_seed(0)
     initial = dict(stae.Autoencoder(3, 4, 4).encoder.named_parameters())
-    kept = torch.load("random/checkpoint.pt", weights_only=True)["judge"]
+    kept = torch.load("random/checkpoint.pt", weights_only=True)["state"]["judge"]
     assert all(torch.equal(kept[name], weight) for name, weight in initial.items())
     saved = torch.load("ema/checkpoint.pt", weights_only=True)
-    moved, end = saved["judge"]["stem.weight"] - initial["stem.weight"], saved["model"]["encoder.stem.weight"] - initial["stem.weight"]
+    moved, end = saved["state"]["judge"]["stem.weight"] - initial["stem.weight"], saved["model"]["encoder.stem.weight"] - initial["stem.weight"]
     assert 0 < moved.abs().max() < 0.01 * end.abs().max()  # three steps of a thousandth
 
 
@@ -1913,6 +1921,332 @@ def test_default_command_beats_its_pca_floor(tmp_path):
     done = subprocess.run([sys.executable, HERE / "stae.py"], cwd=tmp_path, capture_output=True, text=True)
     metrics = json.loads((tmp_path / "runs" / "shapes-stae-pixel-frozen-s0" / "metrics.json").read_text())
     assert done.returncode == 0 and metrics["psnr"] > metrics["pca_psnr"]
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
+    """A signal that comes in the middle of that step, once."""
+    train_step = stae.train_step
+
+    def interrupted(*args):
+        if args[-1] == step:
+            monkeypatch.setattr(stae, "train_step", train_step)
+            os.kill(os.getpid(), number)
+        return train_step(*args)
+
+    monkeypatch.setattr(stae, "train_step", interrupted)
+
+
+def log_without_times(run_folder):
+    rows = [row.split(",") for row in (Path(run_folder) / "log.csv").read_text().splitlines()]
+    assert rows[0][-2:] == ["seconds", "images_per_second"]
+    return [row[:-2] for row in rows]
+
+
+def state_of(run_folder):
+    """All tensors of a checkpoint, by name."""
+    found = {}
+
+    def walk(name, value):
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            walk(f"{name}.{key}", part)
+
+    walk("", torch.load(Path(run_folder) / "checkpoint.pt", weights_only=True))
+    return found
+
+
+def equal_runs(one, two):
+    one_state, two_state = state_of(one), state_of(two)
+    return one_state.keys() == two_state.keys() and all(torch.equal(two_state[name], v) for name, v in one_state.items()) and (
+        log_without_times(one) == log_without_times(two))
+
+
+@pytest.mark.parametrize("flags", ["", "--judge ema --precision bf16", "--judge random --views 2", "--judge live --judge-layers 1",
+                                   "--masked --transform pixel", "--objective mse"])
+@pytest.mark.parametrize("step, number", [(31, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(here, monkeypatch, capsys, flags, step, number):
+    line = f"{TINY} --epochs 20 --no-probe {flags}"
+    assert run(f"{line} --out whole") == 0
+    interrupt_at(monkeypatch, step, number)
+    assert run(f"{line} --out cut") == 128 + number
+    said = capsys.readouterr().err
+    assert "interrupted" in said and "--resume cut" in said and not Path("cut/metrics.json").exists()
+    assert torch.load("cut/checkpoint.pt", weights_only=True)["state"]["step"] == step + 1
+    with open("cut/log.csv", "a") as log:
+        log.write("33,1,1,1\n5")  # what a killed run may have written after its checkpoint
+    assert run("--resume cut --no-probe") == 0
+    assert equal_runs("whole", "cut") and sorted(os.listdir("whole")) == sorted(os.listdir("cut"))
+    tables = [json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "cut")]
+    assert all(tables[0][key] == tables[1][key] for key in tables[0] if key not in ("train_seconds", "images_per_second"))
+    before = Path("cut/checkpoint.pt").read_bytes()
+    assert run("--resume cut/checkpoint.pt --no-probe") == 0  # nothing is left to train: the table again
+    assert Path("cut/checkpoint.pt").read_bytes() == before and equal_runs("whole", "cut")
+
+
+def test_a_run_grows(here, capsys):
+    assert run(f"{TINY} --epochs 2 --no-probe --out run") == 0
+    first = state_of("run")
+    assert run("--resume run --epochs 4 --lr 0.001 --no-probe") == 0
+    said = capsys.readouterr().out
+    assert "going on after step 6 of 12" in said and "schedule of 12 steps to a peak of 0.001" in said
+    assert [row[0] for row in log_without_times("run")] == ["step", *map(str, range(1, 13))]
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    assert checkpoint["config"]["epochs"] == 4 and checkpoint["config"]["lr"] == 0.001 and checkpoint["state"]["step"] == 12
+    assert not torch.equal(first[".model.encoder.stem.weight"], checkpoint["model"]["encoder.stem.weight"])
+
+
+@pytest.mark.parametrize("flags, says", {
+    "--width 8": "--width 8: run was trained with 4", "--seed 1": "--seed 1: run was trained with 0",
+    "--batch-size 4": "--batch-size 4: run was trained with 8", "--judge ema": "--judge ema: run was trained with frozen",
+    "--masked": "--masked True: run was trained with False", "--validation 3": "--validation 3: run was trained with 0",
+    "--epochs 1": "--epochs 1: run is a run of 2", "--out other": "goes on in that folder", "--overwrite": "goes on in that folder",
+    "--dataset other.npz": "are not those that run was trained on", "--dataset nowhere.npz": "not there",
+    "--device cuda:77": "this machine has", "--eval run": "not allowed with"}.items())
+def test_resume_refuses_another_run(here, capsys, flags, says):
+    assert run(f"{TINY} --epochs 2 --no-probe --out run") == 0
+    write_npz("other.npz", train=26)
+    before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
+    assert run(f"--resume run {flags}") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and says in said[0]
+    assert {p: p.is_file() and p.read_bytes() for p in here.rglob("*")} == before
+
+
+def test_data_that_moved_are_known_by_what_they_are(here, monkeypatch):
+    interrupt_at(monkeypatch, 1)
+    assert run(f"{TINY} --no-probe --out run") == 143
+    Path("tiny.npz").rename("moved.npz")
+    assert run("--resume run") == 2 and run("--resume run --dataset moved.npz --no-probe") == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(here, monkeypatch, capsys):
+    save, train_step = torch.save, stae.train_step
+    assert run(f"{TINY} --epochs 2 --no-probe --out run") == 0
+    before = Path("run/checkpoint.pt").read_bytes()
+
+    def full(contents, file):
+        whole = io.BytesIO()
+        save(contents, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run("--resume run --epochs 4 --save-every 0.0000001") == 1
+    said = capsys.readouterr().err
+    assert "run/checkpoint.pt cannot be written" in said and "Traceback" not in said and "--resume run" in said
+    assert Path("run/checkpoint.pt").read_bytes() == before and not Path("run/checkpoint.pt.tmp").exists()
+    monkeypatch.setattr(torch, "save", save)
+    assert run("--resume run --epochs 4 --no-probe") == 0
+    assert run(f"{TINY} --epochs 4 --no-probe --out whole") == 0
+    assert log_without_times("run")[0] == log_without_times("whole")[0] and len(log_without_times("run")) == 13
+
+
+def test_a_full_disk_ends_the_run_in_one_line(here):
+    """For real: no file of this process may grow beyond 40 kB."""
+    code = ("import resource, signal, sys, stae; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); sys.exit(stae.main(sys.argv[1:]))")
+    line = f"{TINY} --width 8 --no-probe --out run"
+    path = {"PYTHONPATH": str(Path(stae.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, *shlex.split(line)], capture_output=True, text=True, env=os.environ | path)
+    assert done.returncode == 1 and "run/checkpoint.pt cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(os.listdir("run")) == ["log.csv"]
+
+
+@pytest.mark.parametrize("flags, term", [("", "distance"), ("--objective mse", "mse")])
+def test_a_loss_that_is_not_finite_takes_no_step(here, monkeypatch, capsys, flags, term):
+    assert run(f"{TINY} --epochs 20 --no-probe --out whole {flags}") == 0
+    assert run(f"{TINY} --epochs 10 --no-probe --out run {flags}") == 0
+    good, before, models = stae.Objective.forward, Path("run/checkpoint.pt").read_bytes(), []
+
+    def poisoned(self, images, *draws):
+        loss, terms = good(self, images, *draws)
+        models.append((self.model, [p.detach().clone() for p in self.model.parameters()]))
+        nan = math.nan if len(models) == 8 else 1.0  # in the 38th step
+        return loss * nan, terms | {term: terms[term] * nan}
+
+    monkeypatch.setattr(stae.Objective, "forward", poisoned)
+    assert run("--resume run --epochs 20 --save-every 0.0000001") == 1
+    said = capsys.readouterr().err
+    assert f"step 38: not finite: loss nan, {term} nan" in said and "--lr" in said and "--resume run" in said
+    model, weights = models[7]
+    untouched = models[8][1] if len(models) > 8 else list(model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, untouched))
+    assert torch.load("run/checkpoint.pt", weights_only=True)["state"]["step"] == 37  # the last good step
+    monkeypatch.setattr(stae.Objective, "forward", good)
+    assert run("--resume run --no-probe") == 0 and before != Path("run/checkpoint.pt").read_bytes()
+
+
+def test_collapse_is_told_while_it_happens(here, capsys):
+    x = np.full((24, 16, 16, 3), 128, np.uint8)  # equal images have equal codes
+    np.savez("same.npz", x=x)
+    assert run(f"{TINY} --dataset same.npz --epochs 90 --no-probe") == 0
+    said = capsys.readouterr().err
+    assert "the code collapses" in said and "--sigreg-weight" in said
+    assert run(f"{TINY} --epochs 20 --no-probe") == 0 and "collapses" not in capsys.readouterr().err
+
+
+def hostile(kind):
+    """A checkpoint of somebody who means harm, or knows no better."""
+    config = stae.DEFAULTS | {"channels": 3, "width": 4, "latent_channels": 4, "size": 16, "transform": "crop", "epochs": 1, "lr": 0.1,
+                              "precision": "fp32", "device": "cpu"}
+    whole = {"config": config, "model": tiny_model().state_dict(), "results": {"seed": 0, "train_seconds": 1.0}}
+    if kind in ("width", "batch_size", "views"):
+        config[kind] = 10**12
+    elif kind == "latent_dim":
+        config |= {"latent_dim": 768, "width": 4096, "size": 4096, "latent_channels": 4096}
+    elif kind == "word":
+        config["width"] = "__import__('os').mkdir('ran')"
+    elif kind == "flag":
+        config["eval"] = "notes.txt"
+    elif kind == "lacking":
+        del config["epochs"]
+    elif kind == "list":
+        whole = [whole]
+    elif kind == "code":
+        whole["results"] = Evil()
+    elif kind == "whole numbers":
+        whole["model"] = {name: value.long() for name, value in whole["model"].items()}
+    elif kind == "shape":
+        whole["model"]["encoder.stem.weight"] = torch.zeros(4, 3, 4, 5)
+    elif kind == "one more":
+        whole["model"]["extra"] = torch.zeros(3)
+    elif kind == "no tensor":
+        whole["model"]["encoder.stem.weight"] = "zeros"
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["width", "batch_size", "views", "latent_dim", "word", "flag", "lacking", "list", "code",
+                                  "whole numbers", "shape", "one more", "no tensor", "truncated", "empty", "text"])
+def test_a_strangers_checkpoint_is_refused_and_runs_nothing(here, capsys, kind):
+    torch.save(hostile(kind), "stranger.pt")
+    data = Path("stranger.pt").read_bytes()
+    Path("stranger.pt").write_bytes({"truncated": data[:2000], "empty": b"", "text": b"hello"}.get(kind, data))
+    before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
+    for flag in ("--eval", "--pictures", "--compare", "--resume"):
+        assert run(f"{flag} stranger.pt") == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "stranger.pt: not a checkpoint" in said
+    with pytest.raises(stae.BadInput):
+        stae.load_model("stranger.pt")
+    assert {p: p.is_file() and p.read_bytes() for p in here.rglob("*")} == before  # "ran" is not among them
+
+
+def test_a_checkpoint_without_its_training_state(here, capsys):
+    whole = hostile(None)
+    whole["config"]["dataset"] = "tiny.npz"
+    whole["model"] = {name: value.half() if value.is_floating_point() else value for name, value in whole["model"].items()}
+    torch.save(whole, "half.pt")
+    assert stae.load_model("half.pt").encoder.stem.weight.dtype == torch.float32
+    assert run("--eval half.pt --no-probe") == 0
+    assert run("--resume half.pt") == 2 and "not the state of its training" in capsys.readouterr().err
+
+
+def bomb(width, height):
+    """A PNG with the header of a huge image and nothing in it."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100)), b"IEND"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+
+
+STRANGE = {  # files: what is said of them, or None when they can be read
+    "zero.jpg": "cannot identify", "text.jpg": "cannot identify", "truncated.png": "", "truncated.jpg": "truncated",
+    "bomb.png": "decompression bomb", "large.png": "decompression bomb", "sixteen.png": "16-bit grey", "header.webp": "",
+    "cmyk.jpg": None, "animated.gif": None, "palette.png": None, "alpha.png": None, "bits.png": None, "grey.jpg": None,
+    "wrong-suffix.jpg": None, "one.png": None, "line.png": None, "UPPER.JPEG": None}
+
+
+def test_strange_images(here, capsys):
+    from PIL import Image
+
+    colour = to_pil_image(torch.rand(3, 16, 16))
+    folder = here / "strange"
+    folder.mkdir()
+    for name, image in {"cmyk.jpg": colour.convert("CMYK"), "palette.png": colour.convert("P"), "alpha.png": colour.convert("RGBA"),
+                        "bits.png": colour.convert("1"), "grey.jpg": colour.convert("L"), "one.png": colour.crop((0, 0, 1, 1)),
+                        "line.png": colour.crop((0, 0, 16, 1)), "UPPER.JPEG": colour, "truncated.jpg": colour, "truncated.png": colour,
+                        "header.webp": colour, "sixteen.png": Image.fromarray(np.full((16, 16), 3000, np.uint16))}.items():
+        image.save(folder / name)
+    colour.save(folder / "animated.gif", save_all=True, append_images=[colour.rotate(90)])
+    (folder / "wrong-suffix.jpg").write_bytes((folder / "alpha.png").read_bytes())
+    for name in ("truncated.jpg", "truncated.png", "header.webp"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: 20 if name == "header.webp" else len(data) * 2 // 3])
+    (folder / "zero.jpg").write_bytes(b""), (folder / "text.jpg").write_text("hello")
+    (folder / "bomb.png").write_bytes(bomb(20_000, 20_000)), (folder / "large.png").write_bytes(bomb(10_000, 10_000))
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    images, names, _ = stae.read_images(folder, sorted(STRANGE), [], 16)
+    assert set(names) == {name for name in STRANGE if STRANGE[name] is None} and images.shape == (len(names), 3, 16, 16)
+    assert "skipped 8 of 18" in capsys.readouterr().err
+    for name, says in STRANGE.items():  # and each alone
+        if says is not None:
+            with pytest.raises(stae.BadInput, match=rf"(?i){name} \(.*{says}"):
+                stae.read_images(folder, [name], [], 16)
+    assert run(f"{TINY} --dataset strange --size 16 --batch-size 2 --no-probe") == 0
+    assert "Traceback" not in capsys.readouterr().err and {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_what_is_random_is_always_the_same():
+    """Hashes of integers: order, boxes, holes, masks and shapes of a seed, on every machine."""
+    def digest(*tensors):
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 1, 1)
+    order = [(x[:, 0, 0, 0] * 255).round().to(torch.uint8) for _, x in stae.batches(images, 7, 3, 0, 10)]
+    again = [(x[:, 0, 0, 0] * 255).round().to(torch.uint8) for _, x in stae.batches(images, 7, 3, 6, 10)]
+    assert all(torch.equal(a, b) for a, b in zip(order[6:], again))
+    config = stae.argparse.Namespace(**stae.DEFAULTS | dict(
+        batch_size=12, channels=3, size=32, transform="crop", latent_channels=8, masked=True, seed=5))
+    holes, views, _ = stae.draw_step(123, torch.device("cpu"), config)
+    config.transform = "pixel"
+    _, masks, _ = stae.draw_step(123, torch.device("cpu"), config)
+    found = {"order": digest(*order), "holes": digest(holes), "boxes": digest(views[0][2]), "masks": digest(masks[0][2].byte()),
+             "shapes": digest(*stae.make_shapes(50)[:2])}
+    assert found == {"order": "8d4f3646c431e549", "holes": "aea87427a5b48d96", "boxes": "8648c4fb66d263d5",
+                     "masks": "356257f44484b7da", "shapes": "3b7d0873adfaa8b9"}
+
+
+@pytest.mark.slow
+def test_25_killed_runs_end_as_if_nothing_had_happened(here):
+    line = f"{TINY} --epochs 1200 --width 8 --no-probe --save-every 0.01"
+    command = [sys.executable, stae.__file__]
+    subprocess.run([*command, *shlex.split(line), "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
+    random, deaths, resumed = np.random.default_rng(0), 0, 0
+    for i in range(25):
+        out, more = f"run{i}", ["--out", f"run{i}"]
+        go, life = shlex.split(line) + more, random.uniform(3, 9)
+        while True:
+            with open("said.txt", "w") as said:
+                process = subprocess.Popen([*command, *go], stdout=said, stderr=said)
+                try:
+                    assert process.wait(timeout=life) == 0, Path("said.txt").read_text()
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            deaths, life = deaths + 1, random.uniform(3, 9) if deaths % 3 else 600
+            if Path(out, "checkpoint.pt").exists():
+                torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+                go, resumed = ["--resume", out, "--no-probe", "--save-every", "0.01"], resumed + 1
+            else:
+                go = shlex.split(line) + more + ["--overwrite"]
+        assert equal_runs("whole", out), out
+    assert deaths >= 25 and resumed >= 20
+    print(f"{deaths} deaths, {resumed} resumptions")
+
+
+@pytest.mark.slow
+def test_ten_seeds_of_the_default_run(here):
+    tables = []
+    for seed in range(10):
+        assert run(f"--seed {seed} --no-probe --out {seed}") == 0
+        tables.append(json.loads(Path(str(seed), "metrics.json").read_text()))
+    psnrs = [table["psnr"] for table in tables]
+    print(sorted(psnrs))
+    assert min(table["min_std"] for table in tables) > 0.5 and max(psnrs) - min(psnrs) < 1.5
 
 
 # ------------------------------------------------------------------------------------------------ the project
