@@ -1199,8 +1199,8 @@ def own_part(batch_size):
 
 
 def draw_step(step, device, config):
-    """All that is random in a step, a function of (seed, step) -> holes or None, views, slices, as Objective takes them.
-    Drawn for the whole batch, so that several processes draw the same, and each keeps its part."""
+    """All that is random in a step, a function of (seed, step) -> holes or None, views, slices, for an Objective. Drawn
+    for the whole batch, so that several processes draw the same, and each keeps its part."""
     shape, part = (config.batch_size, config.channels, config.size, config.size), own_part(config.batch_size)
     generator = generator_for(device, config.seed, DRAWS, step)
     # The holes are drawn first, so that mse and stae see the same
@@ -1284,7 +1284,7 @@ def cut_log(path, last):
 
 
 def check_finite(rows, names, step):
-    """Raise FloatingPointError when something was not finite in rows (k, terms), of the k steps that end with `step`."""
+    """Raise FloatingPointError when something is not finite in rows (k, terms), of the k steps that end with `step`."""
     bad = ~rows.isfinite()
     if bad.any():
         first = bad.any(dim=1).nonzero()[0].item()
@@ -1292,9 +1292,23 @@ def check_finite(rows, names, step):
         raise FloatingPointError(f"step {step - len(rows) + 1 + first}: not finite: {terms}; try a lower --lr")
 
 
+def tell(row, steps, before, log):
+    """Write a row to log.csv, show it as progress since the step `before`, and say so when the code collapses."""
+    if log.tell() == 0:
+        print(*row, sep=",", file=log)
+    print(*row.values(), sep=",", file=log, flush=True)
+    step, left = row["step"], row["seconds"] * (steps / row["step"] - 1)
+    text = [f"step {step}/{steps}  {row['images_per_second']:,.0f} images/s  {left:.0f} s left"]
+    text += [f"{name} {row[name]:.4f}" for name in list(row)[1 : list(row).index("gradient_norm")]]
+    progress("  ".join(text), step, steps, before)
+    if row["min_std"] < 0.1:
+        print(f"step {step}: the code collapses, its weakest channel has a deviation of {row['min_std']:.2g}; try a "
+              "higher --sigreg-weight or a lower --lr", file=sys.stderr)
+
+
 def train(model, images, steps, config, log_path, state=None, save=None, minutes=5.0):
-    """Train on (N, C, H, W) uint8, here or elsewhere. Each row of `log_path` is a mean over the steps since the row before.
-    config: the resolved flags. save: is called with a state every so many minutes, at the end, and before
+    """Train on (N, C, H, W) uint8, here or elsewhere. Each row of `log_path` is a mean over the steps since the row
+    before. config: the resolved flags. save: is called with a state every so many minutes, at the end, and before
     KeyboardInterrupt(number) is raised for a signal. state: one of these, to go on from, with the model as it was.
     Raises FloatingPointError when something is not finite, and saves no more."""
     device, part = next(model.parameters()).device, own_part(config.batch_size)
@@ -1324,18 +1338,9 @@ def train(model, images, steps, config, log_path, state=None, save=None, minutes
                 rows = average(torch.stack(recent))
                 check_finite(rows, told, done)
                 means = dict(zip(told, rows.mean(dim=0).tolist()))
-                row = {"step": done, **means, "min_std": model.norm.weakest(), "lr": learning_rate(step, steps, config.lr)}
+                row = {"step": done, **means, "min_std": model.norm.weakest(), "lr": optimizer.param_groups[0]["lr"]}
                 row |= {"seconds": seconds, "images_per_second": done * config.batch_size / seconds}
-                if log.tell() == 0:
-                    print(*row, sep=",", file=log)
-                print(*row.values(), sep=",", file=log, flush=True)
-                text = [f"step {done}/{steps}  {row['images_per_second']:,.0f} images/s"]
-                text += [f"{seconds * (steps / done - 1):.0f} s left"]
-                text += [f"{name} {mean:.4f}" for name, mean in means.items() if name != "gradient_norm"]
-                progress("  ".join(text), done, steps, logged)
-                if row["min_std"] < 0.1:
-                    print(f"step {done}: the code collapses, its weakest channel has a deviation of {row['min_std']:.2g}; "
-                          "try a higher --sigreg-weight or a lower --lr", file=sys.stderr)
+                tell(row, steps, logged, log)
                 logged, recent = done, []
                 stop = average(torch.tensor(float(stop), device=device)).item() > 0
             elif processes() > 1:
@@ -1414,9 +1419,11 @@ def check_config(config):
     """Raise unless the configuration of a checkpoint is one that the command line could have given."""
     flags = []
     for name, value in config.items():
-        if name != "channels" and value not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            flags += [flag, *map(str, value)] if isinstance(value, list) else [flag if value is True else f"{flag}={value}"]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif name != "channels" and value not in (None, False):
+            flags.append(flag if value is True else f"{flag}={value}")
     build_parser().parse_args(flags)
     if config.keys() != {*DEFAULTS, *PRESETS["shapes"]}:
         raise BadInput(f"settings {sorted(config)}")
@@ -1823,8 +1830,8 @@ def run_folder(path):
 
 
 def stored_run(path, given, free):
-    """A checkpoint that a flag names -> model, config, all that the file holds. Of the flags of a run those in `free` may
-    be given anew. Raises BadInput for another, with both values."""
+    """A checkpoint that a flag names -> model, config, all that the file holds. Of the flags of a run those in `free`
+    may be given anew. Raises BadInput for another, with both values."""
     model, stored, checkpoint = load_checkpoint(path)
     for name in given.keys() & stored.keys() - free:
         if given[name] != stored[name]:
@@ -1950,8 +1957,8 @@ def interrupt(number, _):
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 or 143 interrupted
-    by Ctrl-C or SIGTERM."""
+    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 or 143 for Ctrl-C
+    or SIGTERM."""
     try:
         given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
         if "out" in given:

@@ -1854,6 +1854,12 @@ BAD = {
     "--pictures foreign.pt --eval foreign.pt": "not allowed with",
     "--recognition --dataset unlabelled.npz": "no labels",
     "--epoch 3": "--epoch",
+    "--save-every 0": "'0' is not a number above 0",
+    "--save-every nan": "'nan'",
+    "--eval foreign.pt --save-every 1": "--save-every belongs",
+    "--resume nowhere": "no such file",
+    "--resume half.pt --out new": "goes on in that folder",
+    "--resume evil.pt": "not a checkpoint",
     "crop": "crop",
 }
 
@@ -1889,7 +1895,7 @@ def test_bad_input_gets_one_line_and_leaves_no_trace(here, capsys, monkeypatch, 
     torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": {}}, "half.pt")
     torch.save({"config": sizes, "model": tiny_model().state_dict(), "results": Evil()}, "evil.pt")
     before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*") if "offline" not in p.name}
-    line = flags if flags.startswith(("--eval", "--compare", "--pictures")) else f"{TINY} {flags}"
+    line = flags if flags.startswith(("--eval", "--compare", "--pictures", "--resume")) else f"{TINY} {flags}"
     assert run(line) == 2
     said = capsys.readouterr().err.splitlines()
     assert len([s for s in said if s.startswith("stae.py: error:")]) == 1 and said[-1].startswith("stae.py: error:")
