@@ -1725,7 +1725,8 @@ def resolve(given, device, channels, size, count):
     """The configuration of a run: the flags given, else PRESETS and DEFAULTS, for `count` images to train on of so many
     channels and pixels a side. Raises BadInput when it does not fit them."""
     config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN})
-    config.device, config.precision = str(device), pick_precision(config.precision, device)
+    config.device = str(device) if local_rank() is None else device.type
+    config.precision = pick_precision(config.precision, device)
     config.channels, config.size = channels, size
     row = config.dataset if config.dataset in PRESETS else "cifar10" if size <= 64 else "celeba"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
