@@ -204,21 +204,25 @@ def decode_once(folder, names, size, crop):
     """What `decode` makes of many files, kept beside their folder as FOLDER.stae-SIZE.npy -> a memory map (N, 3, S, S),
     the N names that could be read. Made anew when a file was added, changed or taken away."""
     beside = Path(os.path.abspath(folder))
-    cache = beside.parent / ("-".join([f"{beside.name}.stae", *(str(n) for n in (crop, size) if n)]) + ".npy")
+    cache, as_is = (beside.parent / ("-".join([f"{beside.name}.stae", *(str(n) for n in sizes if n)]) + ".npy")
+                    for sizes in ((crop, size), (crop,)))
     temporary = Path(f"{cache}.{os.getpid()}.tmp")
     stats = [(name, file.st_size, file.st_mtime_ns) for name in names for file in [os.stat(folder / name)]]
     stamp = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
-    def mapped():
-        array = np.load(cache, mmap_mode="r")
-        with open(cache, "rb") as file:
+    def mapped(path):
+        array = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
             file.seek(array.offset + array.nbytes)  # behind the array: which files it is made of
             return array, json.load(file)[stamp]
 
     try:
-        array, readable = mapped()
+        found = cache if cache.exists() else as_is  # made when the size was not yet known
+        array, readable = mapped(found)
+        if size not in (None, array.shape[2]):
+            raise ValueError
         if len(readable) < len(names):
-            print(f"{cache} lacks {len(names) - len(readable)} images that could not be read; delete it to try again",
+            print(f"{found} lacks {len(names) - len(readable)} images that could not be read; delete it to try again",
                   file=sys.stderr)
         return array, readable
     except Exception:  # not there yet, of other files, or damaged, for which numpy raises many kinds
@@ -240,7 +244,7 @@ def decode_once(folder, names, size, crop):
         print(f"the decoded images are kept in {cache}, {cache.stat().st_size / 1e9:.2f} GB")
     finally:
         temporary.unlink(missing_ok=True)
-    return mapped()
+    return mapped(cache)
 
 
 def read_images(folder, train, test, size=None, crop=None):
@@ -264,12 +268,16 @@ def read_images(folder, train, test, size=None, crop=None):
 
 
 def read_folder(folder, size=None):
-    """Every image below `folder`. Subfolders train/ and test/, when both hold some, are the splits. The first-level
-    subfolders (of each) are the classes when every image lies in one. Without a `size` all must have the same."""
+    """Every image below `folder`. Subfolders train/ and test/ (or val/), when both hold some, are the splits. The
+    first-level subfolders (of each) are the classes when every image lies in one. Without a `size` all must have the
+    same."""
     paths = [os.path.join(below, file) for below, _, files in os.walk(folder, followlinks=True) for file in files]
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS) and os.path.isfile(path)]
-    names = sorted(os.path.relpath(path, folder) for path in paths)
-    train, test = ([name for name in names if Path(name).parts[0] == part] for part in ("train", "test"))
+    paths.sort(key=lambda path: (-len(path), path))
+    once = {os.path.realpath(path): path for path in paths}  # links may lead in circles; the shortest path is kept
+    names = sorted(os.path.relpath(path, folder) for path in once.values())
+    parts = {part: [name for name in names if Path(name).parts[0].lower() == part] for part in ("train", "test", "val")}
+    train, test = parts["train"], parts["test"] or parts["val"]
     split = bool(train and test)
     images, names, test_count = read_images(folder, *((train, test) if split else (names, [])), size)
     parents = [Path(name).parts[int(split) : -1] for name in names]
@@ -313,7 +321,8 @@ def load_data(dataset, root="data", size=None, validation=0):
         raise BadInput(f"--dataset {dataset}: expected shapes, cifar10, celeba, or a folder or an .npz that exists")
     train_count = len(images) - (test_count or max(1, len(images) // 10))
     if validation >= train_count:
-        raise BadInput(f"{dataset}: {train_count} training images are too few, --validation takes {validation} of them")
+        takes = f", --validation takes {validation} of them" if validation else " beside the test images"
+        raise BadInput(f"{dataset}: {train_count} training images are too few{takes}")
     side = size or min(images.shape[2:])
     if images.shape[2:] != (side, side):
         images = torch.cat([fit(part, size) for part in images.split(1000)])  # in parts: resizing works in float
@@ -1264,9 +1273,13 @@ def train_step(objective, called, optimizer, images, step):
 
 @contextmanager
 def on_signals(handler):
-    """Have Ctrl-C and SIGTERM call handler(number, frame) meanwhile, in the main thread, which alone gets them."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    """Have Ctrl-C, SIGTERM and a lost terminal call handler(number, frame) meanwhile, but for those that the user has
+    told to be ignored (nohup). In the main thread, which alone gets signals."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -1275,12 +1288,16 @@ def on_signals(handler):
 
 
 def cut_log(path, last):
-    """Keep of a log.csv what is whole and not beyond the step `last`."""
-    if path.exists():
+    """Keep of a log.csv what is whole and not beyond the step `last`. Raises BadInput when it is something else."""
+    try:
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if line.startswith("step") or int(line.split(",")[0]) <= last]
-        Path(f"{path}.tmp").write_text("".join(kept))
-        os.replace(f"{path}.tmp", path)
+        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= last]
+    except FileNotFoundError:
+        return print(f"{path} is gone; it starts anew after step {last}", file=sys.stderr)
+    except ValueError:
+        raise BadInput(f"{path} is not as the run wrote it; move it away to go on without it") from None
+    Path(f"{path}.tmp").write_text("".join(kept))
+    os.replace(f"{path}.tmp", path)
 
 
 def check_finite(rows, names, step):
@@ -1432,13 +1449,29 @@ def check_config(config):
     check_sizes(argparse.Namespace(**config | {"batch_size": 1}), 1)
 
 
+def check_state(state, model):
+    """Raise unless `state` is one that train can go on from with that model."""
+    kinds = dict(step=int, logged=int, seconds=float, recent=torch.Tensor, optimizer=dict, data=str)
+    wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    if wrong or not 0 <= state["logged"] <= state["step"] or state["seconds"] <= 0:
+        raise BadInput(f"its state: {', '.join(wrong) or 'step, logged, seconds'}")
+    weights, moved = dict(enumerate(model.parameters())), state["optimizer"]["state"]
+    encoder = dict(model.encoder.named_parameters())
+    judge = state["judge"] or encoder
+    pairs = [(weights[i], moved[i][name]) for i in weights.keys() | moved.keys() for name in ("exp_avg", "exp_avg_sq")]
+    pairs += [(encoder[name], judge[name]) for name in encoder.keys() | judge.keys()]
+    if any(one.shape != other.shape for one, other in pairs):
+        raise BadInput("its state: of another network")
+
+
 def load_checkpoint(path):
     """Read a checkpoint, or a run folder's, from anybody -> Autoencoder on the CPU in eval mode, float32; its config, a
     dict; all that the file holds. Raises BadInput when it is not one, before anything of its size is made."""
     folder, path = Path(path), Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     if not path.exists():
         runs = sorted(str(run.parent) for run in folder.glob("*/checkpoint.pt"))
-        raise BadInput(f"{path}: no such file" + (f"; a run is {runs[0]}" if runs else ""))
+        saved = "; nothing was saved yet, start again with --overwrite" if (folder / "log.csv").exists() else ""
+        raise BadInput(f"{path}: no such file" + (f"; a run is {runs[0]}" if runs else saved))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = DEFAULTS | checkpoint["config"]  # flags newer than the file
@@ -1446,9 +1479,13 @@ def load_checkpoint(path):
         with torch.device("meta"):
             model = make_model(argparse.Namespace(**config))
         model.load_state_dict(checkpoint["model"], assign=True)
-        checkpoint["results"]["seed"]
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise BadInput(f"{path}: not a checkpoint of stae.py ({' '.join(str(error).split())[:200]})") from None
+        if not all(isinstance(checkpoint["results"][name], (int, float)) for name in {"seed", *checkpoint["results"]}):
+            raise BadInput("its results")
+        if "state" in checkpoint:
+            check_state(checkpoint["state"], model)
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file, and advises what is unsafe
+        why = error if isinstance(error, BadInput) else type(error).__name__
+        raise BadInput(f"{path}: not a checkpoint of stae.py ({why})") from None
     return model.float().eval(), config, checkpoint
 
 
@@ -1497,7 +1534,7 @@ def build_parser():
     """The flags, by topic. A flag that is not given is None here: its value comes from PRESETS or DEFAULTS."""
 
     def error(message):  # one line instead of the usage of thirty flags
-        raise BadInput(message)
+        raise BadInput(message + ("; see --help" if "unrecognized" in message else ""))
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = error
@@ -1745,7 +1782,19 @@ def train_command(given):
     with all_processes(device):
         run = train_run(given, device, stored)
     if run:
-        finish_run(given, *run)
+        with resumable(run[-1]):
+            finish_run(given, *run)
+
+
+@contextmanager
+def resumable(folder):
+    """Say how to go on with the run in that folder when it is ended early."""
+    try:
+        yield
+    except (FloatingPointError, KeyboardInterrupt, OSError):
+        if (folder / "checkpoint.pt").exists():
+            print(f"\n{folder}/checkpoint.pt is whole; go on with: python stae.py --resume {folder}", file=sys.stderr)
+        raise
 
 
 def train_run(given, device, stored):
@@ -1767,13 +1816,16 @@ def train_run(given, device, stored):
         check_sizes(config, len(images))
         if data != state["data"]:
             raise BadInput(f"{config.dataset}: its images ({data}) are not those that {given['resume']} was trained on "
-                           f"({state['data']}); pass them as --dataset, or start a new run")
+                           f"({state['data']}); pass those, or start a new run")
     else:
         config = resolve(given, device, *images.shape[1:3], len(images))
         torch.manual_seed(config.seed)
         model = make_model(config)
     model.to(device, memory_format=torch.channels_last)
     steps = config.epochs * (len(images) // config.batch_size)
+    if stored and state["step"] >= steps and (run_folder(given["resume"]) / "metrics.json").exists():
+        raise BadInput(f"--resume {given['resume']}: all of its {config.epochs} epochs are done; raise --epochs, or "
+                       "measure it with --eval")
     print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
     if config.transform == "crop":
         print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
@@ -1790,11 +1842,13 @@ def train_run(given, device, stored):
     parts = [Path(config.dataset).absolute().stem, *["masked"] * config.masked, config.objective, config.transform]
     run = "-".join([*parts, config.judge, f"s{config.seed}"])
     folder = run_folder(given["resume"]) if stored else given.get("out") or free_path(Path("runs"), run)
-    path = folder / "checkpoint.pt"
     if not stored:
-        folder.mkdir(parents=True, exist_ok="out" in given)
-        for old in RUN_FILES:
-            (folder / old).unlink(missing_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok="out" in given)
+            for old in RUN_FILES:
+                (folder / old).unlink(missing_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {folder}: {error.strerror}; pass another") from None
 
     def summary(state):
         speed = round(state["step"] * config.batch_size / state["seconds"], 1)
@@ -1804,14 +1858,10 @@ def train_run(given, device, stored):
         nonlocal state
         state = new | {"data": data}
         whole = {"config": vars(config), "model": model.state_dict(), "results": summary(state), "state": state}
-        save_whole(path, whole)
+        save_whole(folder / "checkpoint.pt", whole)
 
-    try:
+    with resumable(folder):
         train(model, images, steps, config, folder / "log.csv", state, save, given.get("save_every", 5.0))
-    except (FloatingPointError, KeyboardInterrupt, OSError):
-        if path.exists():
-            print(f"\n{path} is whole; go on with: python stae.py --resume {folder}", file=sys.stderr)
-        raise
     return model, splits, config, summary(state), folder
 
 
@@ -1850,6 +1900,8 @@ def stored_run(path, given, free):
         stored["validation"] = 0  # it was a slice of other data
     dataset = given.get("dataset", stored["dataset"])
     if dataset not in PRESETS and not Path(dataset).exists():
+        if "dataset" in given:
+            raise BadInput(f"--dataset {dataset}: no such file or folder")
         raise BadInput(f"{path} was trained on {dataset}, which is not there from here; pass it as --dataset")
     return model, argparse.Namespace(**stored | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN}), checkpoint
 
@@ -1937,9 +1989,11 @@ def compare_command(given):
     """Draw 16 test images and, below, what each run makes of them: comparison.png, in --out or the current folder. When
     one of the runs is masked, all are shown holes (the first such run's, or --hole) as well."""
     models, configs, _ = zip(*(stored_run(path, given, ON_EVAL) for path in given["compare"]))
-    sets = {(config.dataset, config.size, config.channels, config.validation) for config in configs}
+    names = [name if name in PRESETS else str(Path(name).resolve()) for name in (config.dataset for config in configs)]
+    sets = {(name, config.size, config.channels, config.validation) for name, config in zip(names, configs)}
     if len(sets) > 1:
-        raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}")
+        raise BadInput(f"--compare: the runs differ in (dataset, size, channels, validation): {sorted(sets)}; "
+                       "name one --dataset for all, or fewer runs")
     test_images = load_splits(configs[0], given, torch.device("cpu"))[1][0]
     hole = next((config.hole for config in configs if config.masked or "hole" in given), None)
     folder = given.get("out", Path("."))

@@ -182,8 +182,18 @@ def test_links_are_followed_and_a_test_split_must_be_readable(tmp_path):
         stae.read_folder(tmp_path)
 
 
-def test_folder_with_train_and_test(tmp_path):
-    for split, label, grey in [("train", "a", 10), ("train", "b", 20), ("test", "b", 30)]:
+def test_links_in_a_circle_show_each_image_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(5):
+        save_image(torch.full((3, 16, 16), i / 255), tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    images, labels, _ = stae.read_folder(tmp_path)
+    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 1, 2, 3, 4] and labels.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("first, second", [("train", "test"), ("train", "val"), ("Train", "Test")])
+def test_folder_with_train_and_test(tmp_path, first, second):
+    for split, label, grey in [(first, "a", 10), (first, "b", 20), (second, "b", 30)]:
         (tmp_path / split / label).mkdir(parents=True)
         for i in range(3):
             save_image(torch.full((3, 16, 16), (grey + i) / 255), tmp_path / split / label / f"{i}.png")
@@ -288,6 +298,15 @@ def test_a_stale_or_damaged_cache_is_made_anew(cached, change):
     assert len(decoded) == 24 + (change == "added") - (change == "gone")
     assert sum(greys(folder, size), []) == after and len(decoded) < 26
     assert len(np.load(folder.parent / f"photos.stae-{size}.npy")) == 10 + (change == "added") - (change == "gone")
+
+
+def test_a_cache_made_without_a_size_serves_that_size(cached):
+    folder, decoded = cached
+    first, _, _ = stae.read_folder(folder)
+    count = len(decoded)
+    again, _, _ = stae.read_folder(folder, size=24)  # as --eval asks, which knows the size by now
+    assert torch.equal(first, again) and len(decoded) == count
+    assert stae.read_folder(folder, size=16)[0].shape[2] == 16 and len(decoded) == 2 * count
 
 
 def test_an_interrupted_cache_is_made_anew(cached, monkeypatch):
@@ -1973,7 +1992,7 @@ def equal_runs(one, two):
 
 @pytest.mark.parametrize("flags", ["", "--judge ema --precision bf16", "--judge random --views 2", "--judge live --judge-layers 1",
                                    "--masked --transform pixel", "--objective mse"])
-@pytest.mark.parametrize("step, number", [(31, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize("step, number", [(31, signal.SIGTERM), (2, signal.SIGINT), (3, signal.SIGHUP)])
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(here, monkeypatch, capsys, flags, step, number):
     line = f"{TINY} --epochs 20 --no-probe {flags}"
     assert run(f"{line} --out whole") == 0
@@ -1988,9 +2007,12 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(here, monkeypatch,
     assert equal_runs("whole", "cut") and sorted(os.listdir("whole")) == sorted(os.listdir("cut"))
     tables = [json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "cut")]
     assert all(tables[0][key] == tables[1][key] for key in tables[0] if key not in ("train_seconds", "images_per_second"))
-    before = Path("cut/checkpoint.pt").read_bytes()
-    assert run("--resume cut/checkpoint.pt --no-probe") == 0  # nothing is left to train: the table again
-    assert Path("cut/checkpoint.pt").read_bytes() == before and equal_runs("whole", "cut")
+    before = {p: p.read_bytes() for p in Path("cut").iterdir()}
+    assert run("--resume cut/checkpoint.pt --no-probe") == 2 and "epochs are done" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("cut").iterdir()} == before
+    Path("cut/metrics.json").unlink()  # as if it had ended while it was measured
+    assert run("--resume cut/checkpoint.pt --no-probe") == 0 and Path("cut/metrics.json").exists()
+    assert Path("cut/checkpoint.pt").read_bytes() == before[Path("cut/checkpoint.pt")] and equal_runs("whole", "cut")
 
 
 def test_a_run_grows(here, capsys):
@@ -2010,7 +2032,7 @@ def test_a_run_grows(here, capsys):
     "--batch-size 4": "--batch-size 4: run was trained with 8", "--judge ema": "--judge ema: run was trained with frozen",
     "--masked": "--masked True: run was trained with False", "--validation 3": "--validation 3: run was trained with 0",
     "--epochs 1": "--epochs 1: run is a run of 2", "--out other": "goes on in that folder", "--overwrite": "goes on in that folder",
-    "--dataset other.npz": "are not those that run was trained on", "--dataset nowhere.npz": "not there",
+    "--dataset other.npz": "are not those that run was trained on", "--dataset nowhere.npz": "no such file",
     "--device cuda:77": "this machine has", "--eval run": "not allowed with"}.items())
 def test_resume_refuses_another_run(here, capsys, flags, says):
     assert run(f"{TINY} --epochs 2 --no-probe --out run") == 0
@@ -2020,6 +2042,37 @@ def test_resume_refuses_another_run(here, capsys, flags, says):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and says in said[0]
     assert {p: p.is_file() and p.read_bytes() for p in here.rglob("*")} == before
+
+
+def test_an_ignored_signal_stays_ignored(here, monkeypatch):
+    """nohup does that: a lost terminal must not end the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt_at(monkeypatch, 1, signal.SIGHUP)
+    assert run(f"{TINY} --no-probe") == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_interrupted_while_it_is_measured(here, monkeypatch, capsys):
+    measure = stae.measure
+    monkeypatch.setattr(stae, "measure", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    assert run(f"{TINY} --no-probe --out run") == 130 and "--resume run" in capsys.readouterr().err
+    monkeypatch.setattr(stae, "measure", measure)
+    assert run("--resume run --no-probe") == 0 and Path("run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("log, says", [(None, "run/log.csv is gone"), (b"step;loss\n1;2\n", "move it away"),
+                                       (bytes(range(256)), "move it away"), (b"step,loss\n1,2\na note\n", "move it away")])
+def test_a_log_that_somebody_touched(here, capsys, log, says):
+    assert run(f"{TINY} --no-probe --out run") == 0
+    Path("run/log.csv").unlink()
+    if log is not None:
+        Path("run/log.csv").write_bytes(log)
+    assert run("--resume run --epochs 2 --no-probe") == (0 if log is None else 2)
+    assert says in capsys.readouterr().err
+    if log is None:
+        assert [row[0] for row in log_without_times("run")] == ["step", "4", "5", "6"]
+    else:
+        assert Path("run/log.csv").read_bytes() == log
 
 
 def test_data_that_moved_are_known_by_what_they_are(here, monkeypatch):
@@ -2122,11 +2175,22 @@ def hostile(kind):
         whole["model"]["extra"] = torch.zeros(3)
     elif kind == "no tensor":
         whole["model"]["encoder.stem.weight"] = "zeros"
+    elif kind == "results":
+        whole["results"]["train_seconds"] = "long"
+    elif kind and kind.startswith("state"):
+        optimizer = torch.optim.AdamW(tiny_model().parameters())
+        optimizer.param_groups[0]["params"][0].grad = torch.zeros(4, 3, 4, 4)
+        optimizer.step()
+        whole["state"] = {"step": 3, "logged": 3, "seconds": 1.0, "recent": torch.empty(0), "judge": None, "data": "01234567",
+                          "optimizer": optimizer.state_dict()}
+        whole["state"] |= {"state: step": {"step": "3"}, "state: log": {"logged": 5}, "state: time": {"seconds": 0.0},
+                           "state: judge": {"judge": {"stem.weight": torch.zeros(4, 3, 4, 4)}}, "state": {}}[kind]
     return whole
 
 
 @pytest.mark.parametrize("kind", ["width", "batch_size", "views", "latent_dim", "word", "flag", "lacking", "list", "code",
-                                  "whole numbers", "shape", "one more", "no tensor", "truncated", "empty", "text"])
+                                  "whole numbers", "shape", "one more", "no tensor", "truncated", "empty", "text", "results", "state",
+                                  "state: step", "state: log", "state: time", "state: judge"])
 def test_a_strangers_checkpoint_is_refused_and_runs_nothing(here, capsys, kind):
     torch.save(hostile(kind), "stranger.pt")
     data = Path("stranger.pt").read_bytes()
@@ -2135,7 +2199,7 @@ def test_a_strangers_checkpoint_is_refused_and_runs_nothing(here, capsys, kind):
     for flag in ("--eval", "--pictures", "--compare", "--resume"):
         assert run(f"{flag} stranger.pt") == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "stranger.pt: not a checkpoint" in said
+        assert said.count("\n") == 1 and "stranger.pt: not a checkpoint" in said and "weights_only" not in said
     with pytest.raises(stae.BadInput):
         stae.load_model("stranger.pt")
     assert {p: p.is_file() and p.read_bytes() for p in here.rglob("*")} == before  # "ran" is not among them
@@ -2166,15 +2230,13 @@ STRANGE = {  # files: what is said of them, or None when they can be read
 
 
 def test_strange_images(here, capsys):
-    from PIL import Image
-
     colour = to_pil_image(torch.rand(3, 16, 16))
     folder = here / "strange"
     folder.mkdir()
     for name, image in {"cmyk.jpg": colour.convert("CMYK"), "palette.png": colour.convert("P"), "alpha.png": colour.convert("RGBA"),
                         "bits.png": colour.convert("1"), "grey.jpg": colour.convert("L"), "one.png": colour.crop((0, 0, 1, 1)),
                         "line.png": colour.crop((0, 0, 16, 1)), "UPPER.JPEG": colour, "truncated.jpg": colour, "truncated.png": colour,
-                        "header.webp": colour, "sixteen.png": Image.fromarray(np.full((16, 16), 3000, np.uint16))}.items():
+                        "header.webp": colour, "sixteen.png": to_pil_image(np.full((16, 16, 1), 3000, np.int16))}.items():
         image.save(folder / name)
     colour.save(folder / "animated.gif", save_all=True, append_images=[colour.rotate(90)])
     (folder / "wrong-suffix.jpg").write_bytes((folder / "alpha.png").read_bytes())
