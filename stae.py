@@ -1758,12 +1758,17 @@ def measure(model, splits, config, given, results, table, picture):
     save_rows(picture, pictures([model], splits[1][0], hole))
 
 
+def name_machine(config, device):
+    """Put what auto means here into a configuration: of torchrun's devices, each process has its own, the type."""
+    config.device = str(device) if local_rank() is None else device.type
+    config.precision = pick_precision(config.precision, device)
+
+
 def resolve(given, device, channels, size, count):
     """The configuration of a run: the flags given, else PRESETS and DEFAULTS, for `count` images to train on of so many
     channels and pixels a side. Raises BadInput when it does not fit them."""
     config = argparse.Namespace(**DEFAULTS | {k: v for k, v in given.items() if k not in NOT_OF_THE_RUN})
-    config.device = str(device) if local_rank() is None else device.type
-    config.precision = pick_precision(config.precision, device)
+    name_machine(config, device)
     config.channels, config.size = channels, size
     row = config.dataset if config.dataset in PRESETS else "cifar10" if size <= 64 else "celeba"
     config = argparse.Namespace(**PRESETS[row] | vars(config))
@@ -1813,6 +1818,7 @@ def train_run(given, device, stored):
     if stored:
         model, config, checkpoint = stored
         state = checkpoint["state"]
+        name_machine(config, device)
         check_sizes(config, len(images))
         if data != state["data"]:
             raise BadInput(f"{config.dataset}: its images ({data}) are not those that {given['resume']} was trained on "

@@ -2018,12 +2018,13 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(here, monkeypatch,
 def test_a_run_grows(here, capsys):
     assert run(f"{TINY} --epochs 2 --no-probe --out run") == 0
     first = state_of("run")
-    assert run("--resume run --epochs 4 --lr 0.001 --no-probe") == 0
+    assert run("--resume run --epochs 4 --lr 0.001 --device auto --precision auto --no-probe") == 0
     said = capsys.readouterr().out
     assert "going on after step 6 of 12" in said and "schedule of 12 steps to a peak of 0.001" in said
     assert [row[0] for row in log_without_times("run")] == ["step", *map(str, range(1, 13))]
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
     assert checkpoint["config"]["epochs"] == 4 and checkpoint["config"]["lr"] == 0.001 and checkpoint["state"]["step"] == 12
+    assert "auto" not in (checkpoint["config"]["device"], checkpoint["config"]["precision"])
     assert not torch.equal(first[".model.encoder.stem.weight"], checkpoint["model"]["encoder.stem.weight"])
 
 
