@@ -2359,6 +2359,16 @@ def test_every_command_in_the_readme_parses():
         stae.build_parser().parse_args(shlex.split(line))
 
 
+def test_the_model_that_comes_along():
+    """It reconstructs shapes that it has never seen better than their mean image does."""
+    model = stae.load_model(HERE / "samples" / "cifar10.pt")
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    x = stae.as_float(stae.make_shapes(64)[0]).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        error = (model(x) - x).square().mean()
+    assert error < 0.3 * (x - x.mean(dim=0)).square().mean()
+
+
 def test_readme_is_complete():
     text = (HERE / "README.md").read_text()
     flags = [option for action in stae.build_parser()._actions for option in action.option_strings if option.startswith("--")]
