@@ -1951,6 +1951,16 @@ def test_default_command_beats_its_pca_floor(tmp_path):
 # ------------------------------------------------------------------------------------------------ faults
 
 
+@pytest.fixture(autouse=True)
+def heard_signals():
+    """Signals that nohup, or a background job, may have had this process ignore."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
     """A signal that comes in the middle of that step, once."""
     train_step = stae.train_step
