@@ -1832,16 +1832,7 @@ def train_run(given, device, stored):
     if stored and state["step"] >= steps and (run_folder(given["resume"]) / "metrics.json").exists():
         raise BadInput(f"--resume {given['resume']}: all of its {config.epochs} epochs are done; raise --epochs, or "
                        "measure it with --eval")
-    print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
-    if config.transform == "crop":
-        print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
-    print(f"{len(images):,} images to train on, {len(splits[1][0]):,} to test on")
-    if stored:
-        print(f"going on after step {state['step']:,} of {steps:,}")
-        if {"epochs", "lr"} & given.keys():
-            print(f"the learning rate follows the schedule of {steps:,} steps to a peak of {config.lr} from here on")
-    elif steps < 300:
-        print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
+    announce(config, given, splits, steps, state)
     if rank():
         return train(model, images, steps, config, Path(os.devnull), state)
 
@@ -1869,6 +1860,20 @@ def train_run(given, device, stored):
     with resumable(folder):
         train(model, images, steps, config, folder / "log.csv", state, save, given.get("save_every", 5.0))
     return model, splits, config, summary(state), folder
+
+
+def announce(config, given, splits, steps, state):
+    """Print what is about to be trained, or gone on with from `state`."""
+    print("  ".join(f"{name}={value}" for name, value in sorted(vars(config).items())))
+    if config.transform == "crop":
+        print("crop in pixels:", *(max(1, round(side * config.size)) for side in config.crop))
+    print(f"{len(splits[0][0]):,} images to train on, {len(splits[1][0]):,} to test on")
+    if state:
+        print(f"going on after step {state['step']:,} of {steps:,}")
+        if {"epochs", "lr"} & given.keys():
+            print(f"the learning rate follows the schedule of {steps:,} steps to a peak of {config.lr} from here on")
+    elif steps < 300:
+        print(f"only {steps} steps: reconstructions will be poor; raise --epochs or lower --batch-size")
 
 
 def finish_run(given, model, splits, config, results, folder):
