@@ -2023,8 +2023,8 @@ def interrupt(number, _):
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 130 or 143 for Ctrl-C
-    or SIGTERM."""
+    """Run the command line -> exit code: 0, 1 failed while running, 2 bad input told in one line, 128 and the signal's
+    number when one ended it."""
     try:
         given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
         if "out" in given:
