@@ -45,7 +45,7 @@ def tiny_model(seed=0, channels=3):
 def tiny_step(transform="crop", views=1, seed=0, batch=6, side=16):
     """A batch and the draws of a step."""
     x = torch.rand(batch, 3, side, side, generator=generator(seed))
-    return x, stae.draw_views(transform, x.shape, generator(seed), views), stae.draw_slices(4, 8, generator(seed))
+    return x, stae.draw_views(transform, x.shape, generator(seed), views, (0.25, 1.0)), stae.draw_slices(4, 8, generator(seed))
 
 
 def gradients(module):
@@ -692,7 +692,7 @@ def test_live_judge_in_plain_autograd():
     """Gradient reaches the encoder as judge on both sides and through s, and SIGReg acts on the transformed codes too."""
     x, views, slices = tiny_step(views=2)
     ours, theirs = tiny_model(), tiny_model()
-    loss, _ = stae.stae_loss(ours, x, views, slices, stae.judge_weights(ours.encoder, "live"))
+    loss, _ = stae.stae_loss(ours, x, views, slices, stae.judge_weights(ours.encoder, "live"), layer_weight=0.0)
     loss.backward()
 
     standardise = lambda c: (c - c.mean((0, 2, 3), True)) / (c.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
@@ -1446,7 +1446,8 @@ def test_masked_run(here, capsys, flags):
         distances = row["agreement"] + row["distance_clean"] + row["distance_masked"]
         layers = row.get("layers_clean", 0) + row.get("layers_masked", 0)
         gaussian = (row["sigreg_clean"] + row["sigreg_masked"]) / 2
-        assert row["loss"] == pytest.approx((distances + 0.3 * layers) / 3 + 0.03 * gaussian, rel=1e-5)
+        weight = 0.3 if "0.3" in flags else 1.0
+        assert row["loss"] == pytest.approx((distances + weight * layers) / 3 + 0.03 * gaussian, rel=1e-5)
     picture = pil_to_tensor(default_loader("run/reconstructions.png"))  # originals, holes, from holes, from originals
     assert picture.shape == (3, 4 * 66 + 2, 10 * 66 + 2)
     assert run("--eval run") == 0 and run("--eval run --hole 0.6 --out other") == 0
@@ -1503,8 +1504,8 @@ def test_every_step_has_draws_of_its_own(here, monkeypatch):
     assert len(seen) == 14 and len(set(steps)) == 12
 
 
-@pytest.mark.parametrize("flags", ["--transform crop --crop 0.5 1", "--transform crop --views 2", "--transform pixel --mask-ratio 0.2",
-                                   "--lr 0.0001", "--judge-layers 1", "--sigreg-weight 0.5", "--slices 8", "--precision bf16"])
+@pytest.mark.parametrize("flags", ["--transform crop --crop 0.3 1", "--transform crop --views 2", "--transform pixel --mask-ratio 0.2",
+                                   "--lr 0.0001", "--judge-layers 2", "--sigreg-weight 0.5", "--slices 8", "--precision bf16"])
 def test_flags_reach_training(here, flags):
     base = "--transform pixel" if "pixel" in flags else "--transform crop"
     assert run(f"{TINY} {base} --out base") == 0 and run(f"{TINY} {flags} --out other") == 0
@@ -2278,7 +2279,7 @@ def test_what_is_random_is_always_the_same():
     again = [(x[:, 0, 0, 0] * 255).round().to(torch.uint8) for _, x in stae.batches(images, 7, 3, 6, 10)]
     assert all(torch.equal(a, b) for a, b in zip(order[6:], again))
     config = stae.argparse.Namespace(**stae.DEFAULTS | dict(
-        batch_size=12, channels=3, size=32, transform="crop", latent_channels=8, masked=True, seed=5))
+        batch_size=12, channels=3, size=32, transform="crop", crop=[0.25, 1.0], latent_channels=8, masked=True, seed=5))
     holes, views, _ = stae.draw_step(123, torch.device("cpu"), config)
     config.transform = "pixel"
     _, masks, _ = stae.draw_step(123, torch.device("cpu"), config)
@@ -2359,12 +2360,15 @@ def test_requirements_equal_the_header_of_the_file():
 def commands():
     """Every stae.py command of README.md and of the head of the file, environment variables and comments off."""
     text = (HERE / "README.md").read_text() + stae.__doc__
+    for block in re.findall(r"```\nrun\(\) \{.*?```", text, re.S):  # a shell function of what its commands have in common
+        template = re.search(r"python stae\.py.*", block).group()
+        text = text.replace(block, re.sub(r"^run (.*)", lambda line: template.replace("$*", line.group(1)), block.replace(template, ""), flags=re.M))
     found = re.findall(r"python stae\.py([^\n`#&|]*)", text)
     return sorted({" ".join(line.split()) for line in found} - {"--help"})
 
 
 def test_every_command_in_the_readme_parses():
-    assert len(commands()) > 10
+    assert len(commands()) > 50
     for line in commands():
         stae.build_parser().parse_args(shlex.split(line))
 
