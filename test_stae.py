@@ -2373,9 +2373,10 @@ def test_every_command_in_the_readme_parses():
         stae.build_parser().parse_args(shlex.split(line))
 
 
-def test_the_model_that_comes_along():
-    """It reconstructs shapes that it has never seen better than their mean image does."""
-    model = stae.load_model(HERE / "samples" / "cifar10.pt")
+@pytest.mark.parametrize("name", ["cifar10", "faces"])
+def test_models_that_come_along(name):
+    """They reconstruct shapes that they have never seen better than the mean image of these does."""
+    model = stae.load_model(HERE / "samples" / f"{name}.pt")
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
     x = stae.as_float(stae.make_shapes(64)[0]).expand(-1, 3, -1, -1)
     with torch.no_grad():
