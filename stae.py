@@ -1,8 +1,8 @@
 """Self-Teaching Autoencoder (STAE): an autoencoder that learns to reconstruct images without a reconstruction loss.
 
 From 128 numbers an image, on CPUs, torch 2.15: drawn shapes at 27.9 dB in two minutes (the plain autoencoder 29.9, PCA
-24.1); CIFAR-10 at 21.8 dB in eight (22.8 and 22.9), where a classifier names 43.3 % of the reconstructions, and 38.8 % of
-the plain autoencoder's and of PCA's. The commands are in README.md.
+24.1); CIFAR-10 at 21.8 dB in five (22.8 and 22.9), where a classifier gets 43 % of the reconstructions right, and 39 and 38 %
+of the plain autoencoder's and of PCA's. The commands are in README.md.
 
     python stae.py                                       # shapes, no download
     python stae.py --dataset cifar10 --transform crop    # the recipe
@@ -19,9 +19,9 @@ The method, whole in sections 2 to 5:
     loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: a random crop or mask, the same for both
 
 The judge J is the encoder itself, its weights held constant for the step, so the decoder must mend what the judge still
-sees. No pixel of x_hat is ever compared with a pixel of x. SIGReg keeps the code near N(0, I), so nothing collapses.
-Without T the pair may settle on images that resemble x to E alone: a private language. The default recipe compares the
-judge's inner activations as well (layer_weight, --judge-layers).
+sees. No pixel of x_hat is ever compared with a pixel of x. SIGReg pulls the code towards N(0, I), against collapse.
+Without T the pair may settle on images that resemble x to E alone: a private language. By default the judge's inner
+activations are compared as well (layer_weight, --judge-layers), which the author does not do.
 
 Method: Matteo Peluso, "Self-Teaching Autoencoder", https://github.com/the-puzzler/leautoencoder (May 2026).
 SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544 (November 2025).
