@@ -21,7 +21,7 @@ The method, whole in sections 2 to 5:
 The judge J is the encoder itself, its weights held constant for the step, so the decoder must mend what the judge still
 sees. No pixel of x_hat is ever compared with a pixel of x. SIGReg pulls the code towards N(0, I), against collapse.
 Without T the pair may settle on images that resemble x to E alone: a private language. By default the judge's inner
-activations are compared as well (layer_weight, --judge-layers), which the author does not do.
+activations are compared as well (layer_weight, --judge-layers), a term that the post does not have.
 
 Method: Matteo Peluso, "Self-Teaching Autoencoder", https://github.com/the-puzzler/leautoencoder (May 2026).
 SIGReg: Balestriero and LeCun, "LeJEPA", arXiv 2511.08544 (November 2025).
