@@ -438,7 +438,7 @@ def test_a_drawn_transform_is_the_same_for_both_images(transform):
         other = x.clone()
         other[1:] = 0.5
         assert torch.equal(stae.apply_transform(name, draw, other)[0], seen[0])
-    again = stae.draw_views(transform, x.shape, generator(), 2)
+    again = stae.draw_views(transform, x.shape, generator(), 2, (0.25, 1.0))
     assert all(torch.equal(a[2], b[2]) for a, b in zip(views, again) if a[2] is not None)
 
 
