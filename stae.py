@@ -1504,7 +1504,7 @@ PRESETS = {  # by set; a path takes the row of cifar10 up to 64 pixels, of celeb
     "cifar10": dict(transform="crop", width=64, latent_channels=8, epochs=15, lr=3e-3),
     "celeba": dict(transform="crop", width=128, latent_channels=32, epochs=50, lr=1e-3),
 }
-DEFAULTS = dict(  # of all sets; crop and judge_layers chosen in README, "The recipe"; None is filled in by the images
+DEFAULTS = dict(  # of all sets; crop and judge_layers are from README, "The recipe"; None is filled in by the images
     dataset="shapes", size=None, channels=None, validation=0, objective="stae", judge="frozen", crop=[0.5, 1.0],
     views=1, judge_layers=1.0, mask_ratio=0.7, sigreg_weight=0.03, slices=64, masked=False, hole=0.35, latent_dim=None,
     batch_size=128, seed=0, device="auto", precision="auto", compile=False,
@@ -1779,7 +1779,7 @@ def resolve(given, device, channels, size, count):
     if config.latent_dim:
         config.latent_channels = config.width
     if config.masked and "judge_layers" not in given:
-        config.judge_layers = 10.0  # with less a grid lies over the reconstructions of faces
+        config.judge_layers = 10.0  # with 1 a grid lies over the reconstructions of faces
     check_sizes(config, count)
     return config
 
