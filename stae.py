@@ -1,7 +1,7 @@
 """Self-Teaching Autoencoder (STAE): an autoencoder that learns to reconstruct images without a reconstruction loss.
 
 From 128 numbers an image, on one CPU core, torch 2.15: drawn shapes at 28.2 dB in five minutes (the plain autoencoder
-29.6, PCA 24.1); CIFAR-10 at 21.8 dB in eight (22.8 and 22.9), where a classifier gets 43 % of the reconstructions
+29.6, PCA 24.1); CIFAR-10 at 21.8 dB in nine (22.8 and 22.9), where a classifier gets 43 % of the reconstructions
 right, 39 % of the plain autoencoder's and 38 % of PCA's. The commands are in README.md.
 
     python stae.py                                       # shapes, no download
