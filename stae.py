@@ -1178,8 +1178,8 @@ def report(results, path):
     """Print the table, and write it to `path` as JSON; what has no finite value is null there and a dash on screen."""
     results = {name: results[name] if math.isfinite(results[name]) else None for name in EXPLAIN if name in results}
     for name, value in results.items():
-        whole = isinstance(value, int) or value is not None and value >= 1000
-        text = "-" if value is None else f"{value:,.0f}" if whole else f"{value:.4g}"
+        form = "," if isinstance(value, int) else ",.0f" if value and value >= 1000 else ".4g"
+        text = "-" if value is None else format(value, form)
         print(f"{name:20}{text:>10}  {EXPLAIN[name]}")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
