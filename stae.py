@@ -521,7 +521,7 @@ def weakest(codes):
 
 class CodeNorm(nn.BatchNorm2d):
     """BatchNorm2d without affine part, which would work against SIGReg. Its batch is that of all processes together, on
-    any device: nn.SyncBatchNorm knows GPUs alone. In training `weakest` is that of the last batch."""
+    any device: nn.SyncBatchNorm knows GPUs alone. In training `last` is the last batch, normalised."""
 
     def __init__(self, channels):
         super().__init__(channels, affine=False)
@@ -532,7 +532,7 @@ class CodeNorm(nn.BatchNorm2d):
         mean, variance = moments(codes, (0, 2, 3))
         codes = (codes - mean) / (variance + self.eps).sqrt()
         if track:
-            self.weakest = weakest(codes.detach())
+            self.last = codes.detach()
             count = codes[:, 0].numel() * processes()
             self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
             self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
@@ -1363,7 +1363,7 @@ def train(model, images, steps, config, log_path, state=None, save=None, minutes
                 rows = average(torch.stack(recent))
                 check_finite(rows, told, done)
                 means = dict(zip(told, rows.mean(dim=0).tolist()))
-                row = {"step": done, **means, "min_std": model.norm.weakest.item()}
+                row = {"step": done, **means, "min_std": weakest(model.norm.last).item()}
                 row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
                 row["images_per_second"] = done * config.batch_size / seconds
                 tell(row, steps, logged, log)
