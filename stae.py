@@ -386,7 +386,7 @@ def read_cifar10(root):
     try:
         train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # no network, a broken archive, a folder that cannot be written, ...
-        raise BadInput(f"--data {root}: has no cifar-10-batches-py/ and cannot get it ({error})") from None
+        raise BadInput(f"--data {root}: put cifar-10-batches-py/ there; no download ({error})") from None
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
     return images, torch.tensor(train.targets + test.targets), len(test)
 
