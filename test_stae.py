@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -190,7 +189,6 @@ def test_distance_by_hand(places):
 @pytest.mark.parametrize("transform", stae.TRANSFORMS)
 @pytest.mark.parametrize("kind", ["frozen", "live"])
 def test_stae_loss_in_plain_autograd(kind, transform, layer_weight):
-    """A frozen judge equals a copy that does not train: the encoder learns through z alone."""
     x, views, slices = tiny_step(transform)
     ours, theirs = tiny_model(), tiny_model()
     judge = ours.encoder if kind == "live" else stae.freeze(ours.encoder)
@@ -202,7 +200,7 @@ def test_stae_loss_in_plain_autograd(kind, transform, layer_weight):
     expected = 0.07 * stae.sigreg(z, slices)
     for weight, T in views:
         expected = expected + weight * stae.distance(judge(T(x)), judge(T(x_hat)), layer_weight)
-    expected.backward()
+    expected.backward()  # under a frozen judge the encoder learns through z alone
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradients(ours), gradients(theirs), **NEAR)
 
@@ -418,17 +416,17 @@ def test_a_folder_with_splits(tmp_path, capsys, first, second):
 
 @pytest.mark.parametrize("change", ["nothing", "added", "changed", "removed", "size"])
 def test_a_folder_is_decoded_again_only_after_a_change(tmp_path, monkeypatch, change):
-    folder, opened, now, open_image = tmp_path / "photos", [], time.time(), Image.open
+    folder, opened, open_image = tmp_path / "photos", [], Image.open
     for i in range(30):
-        paint(folder / "sub" / f"{i}.png", i)
-        os.utime(folder / "sub" / f"{i}.png", (now - 100, now - 100))
+        paint(folder / "sub" / f"{i}.bmp", i)
+        os.utime(folder / "sub" / f"{i}.bmp", (1e9, 1e9))
     train, test = (set(greys(images)) for images, _ in stae.load_data(str(folder), size=16))
     assert len(test) == 3 and train | test == {*range(30)}
     gone = min(train) if change in ("changed", "removed") else None
     if change == "removed":
-        (folder / "sub" / f"{gone}.png").unlink()
+        (folder / "sub" / f"{gone}.bmp").unlink()
     elif change in ("added", "changed"):
-        paint(folder / "sub" / f"{30 if change == 'added' else gone}.png", 200)
+        paint(folder / "sub" / f"{30 if change == 'added' else gone}.bmp", 200)
     monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or open_image(path, *rest))
     splits = stae.load_data(str(folder), size=24 if change == "size" else 16)
     new_train, new_test = (set(greys(images)) for images, _ in splits)
@@ -566,7 +564,6 @@ def test_evaluate_against_its_parts():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Work in an empty folder with tiny.npz in it."""
     monkeypatch.chdir(tmp_path)
     write_npz("tiny.npz")
     return tmp_path
@@ -588,7 +585,6 @@ def log_of(path):
 
 
 def change_call(monkeypatch, owner, name, count, change):
-    """Let `change` have the result of the call of that count of a function."""
     function, calls = getattr(owner, name), []
 
     def changed(*args):
@@ -605,6 +601,7 @@ def change_call(monkeypatch, owner, name, count, change):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(
         here, monkeypatch, capsys, flags, owner, name, count, done, number, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     line = f"{TINY} --epochs 3 {flags}"
     assert run(f"{line} --out whole") == 0
     change_call(monkeypatch, owner, name, count, lambda result: signal.raise_signal(number))
@@ -621,6 +618,12 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
         torch.testing.assert_close(ours.get("state", ours), theirs.get("state", theirs), rtol=0, atol=0)
     assert log_of("whole") == log_of(folder) and sorted(os.listdir("whole")) == sorted(os.listdir(folder))
     assert run(hint) == 2 and "--eval" in capsys.readouterr().err  # finished
+
+
+def test_every_epoch_has_an_order_of_its_own(here):
+    assert run(f"{TINY} --objective mse --lr 1e-9 --epochs 2 --out run") == 0
+    first, second = (float(line.split(",")[1]) for line in log_of("run")[1:])
+    assert first != pytest.approx(second, rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, monkeypatch, capsys):
@@ -652,7 +655,6 @@ SHARED = "--judge frozen", "--judge live --transform crop", "--judge ema --maske
 
 
 def two_processes(rank, folder):
-    """Save each objective's gradient, alone and under DistributedDataParallel, and weights after an epoch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     results, x = {}, torch.rand(6, 3, 16, 16, generator=generator(rank))
@@ -752,7 +754,6 @@ def test_presets(line, expected):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return a folder with tiny.npz and two runs, one of them masked."""
     folder = tmp_path_factory.mktemp("runs")
     write_npz(folder / "tiny.npz")
     for name, flags in {"one": "", "two": "--masked --objective mse"}.items():
