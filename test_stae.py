@@ -696,7 +696,7 @@ def test_torchrun_trains_one_run(here):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.15)])
 @pytest.mark.parametrize("flags", ["--judge live", "--masked --judge ema", "--transform stack"])
 def test_compiled_runs_agree_with_plain_ones(here, flags, precision, tolerance):
     for out, more in {"plain": "", "compiled": "--compile"}.items():
