@@ -50,7 +50,7 @@ from torchvision.utils import make_grid
 
 
 class Down(nn.Module):
-    """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions beside a skip of means."""
+    """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions and a weightless skip."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -392,7 +392,7 @@ def read_cifar10(root):
 
 
 def read_npz(path):
-    """Read x_train, y_train, x_test, y_test or x, y: uint8 (N, H, W, 1 or 3), integers; y, test may lack."""
+    """Read x_train, y_train, x_test, y_test or x, y: uint8 (N, H, W, 1 or 3), integers; y, test optional."""
     try:
         with np.load(path, allow_pickle=False) as file:
             ends = [end for end in ("_train", "_test") if "x" + end in file] or [""]
@@ -873,8 +873,8 @@ def load(args):
     """Load the data of a run, onto the device when it takes at most half of the free memory there."""
     need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none; pass --device cpu")
     splits = load_data(args.dataset, args.data, args.size, args.validation)
-    room = torch.cuda.mem_get_info()[0] / 4 if args.device == "cuda" else 0  # per split
-    return [(images.to(args.device) if images.nbytes < room else images, labels) for images, labels in splits]
+    fits = args.device == "cuda" and sum(x.nbytes for x, _ in splits) < torch.cuda.mem_get_info()[0] / 2
+    return [(images.to(args.device) if fits else images, labels) for images, labels in splits]
 
 
 def open_folder(out, name):
