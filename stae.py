@@ -19,8 +19,7 @@ images that mean the same to the encoder and look wrong to us.
 From the author: objective, network, transformations, masked mode, frozen judge. Matteo Peluso, "Self-Teaching
     Autoencoder", 2026, https://github.com/the-puzzler/leautoencoder
 From LeJEPA: SIGReg. Balestriero and LeCun, arXiv 2511.08544, 2025.
-Ours: the ema and random judges, inner activations in the distance, its scale (that of the target alone), the
-    norm of the code without affine part, crops of 0.5 to 1 of the side, training schedule and evaluation.
+Ours: ema and random judges, inner activations, the scale of d, the norm, larger crops, training, evaluation.
 """
 import argparse
 import copy
@@ -33,6 +32,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +40,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision import datasets, utils
 from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
 
 
 # 1. Model: the author's network -----------------------------------------------------------------------------
@@ -140,12 +138,14 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     Mean over slices, and over positions of a spatial code. N(0, I) gives 1.05 on average, for any N and D.
     A fixed mismatch grows with N: twice the batch wants half of the weight in a loss."""
     with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small differences of means
-        codes = codes.float().reshape(*codes.shape[:2], -1).permute(2, 0, 1)  # (P, N, D), P positions
-        t = torch.linspace(0, t_max, knots, device=codes.device)
+        codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, P, D), P positions
+        projected = (codes @ slices).flatten(1)  # (N, P * M)
+        t = torch.linspace(0, t_max, knots, device=codes.device)[:, None]
         gaussian = torch.exp(-t.square() / 2)
-        angle = (codes @ slices)[..., None] * t  # (P, N, M, knots)
-        gap = (angle.cos().mean(dim=1) - gaussian).square() + angle.sin().mean(dim=1).square()
-        return codes.shape[1] * torch.trapezoid(2 * gap * gaussian, t).mean()
+        angles = [pair[:, None] * projected for pair in t.split(2)]  # two knots at a time fit a CPU's cache
+        cos, sin = (torch.cat([f(angle).mean(dim=1) for angle in angles]) for f in (torch.cos, torch.sin))
+        gap = (cos - gaussian).square() + sin.square()  # (knots, P * M)
+        return len(codes) * torch.trapezoid(2 * gap * gaussian, t, dim=0).mean()
 
 
 # 3. Transforms: T, drawn once per image and step, the same for x and x_hat. Kinds and settings: the author's
@@ -298,9 +298,8 @@ def judge_views(judge, views, images, x_hat, layer_weight):
 
 
 def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
-    """Return the self-teaching loss of images (B, C, H, W) in [0, 1], a scalar, and its terms by name. judge:
-    usually freeze(model.encoder). slices: (D, M) from draw_slices, D the channels of the code. sigreg_weight:
-    lambda; twice the batch wants half of it."""
+    """Return the loss of images (B, C, H, W) in [0, 1], a scalar, and its terms by name. judge: usually
+    freeze(model.encoder). slices: (D, M), D the channels of z. sigreg_weight: lambda; halved for twice B."""
     z = model.encode(images)
     x_hat = model.decode(z)
     judged, regulariser = judge_views(judge, views, images, x_hat, layer_weight), sigreg(z, slices)
@@ -361,16 +360,14 @@ def generator_for(device, *key):
 def make_shapes(count=12_000, size=32):
     """Draw two discs, rings or rectangles an image in grey on black, after the author's toy set; the label is
     the kind of the front one. Edges are blended in integers: every machine draws the same bytes."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(low, high):
-        return torch.randint(low, high, (count, 1, 1), generator=generator)
-
+    generator, inner = torch.Generator().manual_seed(0), (5, size - 5)
     y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
     canvas = torch.zeros(count, size, size, dtype=torch.int32)
     for _ in range(2):
-        kind, grey, radius, other = draw(0, 3), draw(80, 256), draw(3, 10), draw(3, 10)
-        dy, dx = (y - draw(5, size - 5)).abs(), (x - draw(5, size - 5)).abs()
+        kind, grey, radius, other, row, column = (
+            torch.randint(*limits, (count, 1, 1), generator=generator)
+            for limits in ((0, 3), (80, 256), (3, 10), (3, 10), inner, inner))
+        dy, dx = (y - row).abs(), (x - column).abs()
         from_centre = (dy**2 + dx**2).float().sqrt()
         disc = radius + 0.5 - from_centre  # how far inside its edge each pixel lies, (count, size, size)
         ring = torch.minimum(disc, from_centre - radius + 2.5)
@@ -384,7 +381,7 @@ def make_shapes(count=12_000, size=32):
 def read_cifar10(root):
     """Read CIFAR-10 in `root`, where torchvision downloads it unless it is there."""
     try:
-        train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+        train, test = (datasets.CIFAR10(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # no network, a broken archive, a folder that cannot be written, ...
         raise BadInput(f"--data {root}: put cifar-10-batches-py/ there; no download ({error})") from None
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
@@ -401,10 +398,9 @@ def read_npz(path):
             test_count = len(file["x_test"]) if len(ends) == 2 else 0
     except Exception as error:  # not a zip, no x, shapes that differ: numpy raises many kinds
         raise BadInput(f"{path}: not an .npz of x_train, y_train, x_test, y_test or x, y ({error})") from None
-    need(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3),
-         f"{path}: its images are {x.dtype} {x.shape}; they must be uint8 (N, H, W, 1 or 3)")
-    need(y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu"),
-         f"{path}: its labels must be {len(x)} integers, one per image")
+    fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
+    need(fine, f"{path}: its images are {x.dtype} {x.shape}; they must be uint8 (N, H, W, 1 or 3)")
+    need(y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu"), f"{path}: y needs {len(x)} integers")
     order = np.arange(len(x)) if test_count else np.random.default_rng(0).permutation(len(x))
     labels = None if y is None else torch.from_numpy(y[order].astype(np.int64))
     return torch.from_numpy(x[order]).permute(0, 3, 1, 2), labels, test_count
@@ -423,12 +419,10 @@ def read_images(folder, names, size, crop=None):
         rows = np.lib.format.open_memmap(temporary, "w+", row, (len(names),))
 
         def decode(index):
-            try:
+            with suppress(Exception):  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
                 image = ImageOps.exif_transpose(Image.open(folder / names[index])).convert("RGB")
                 image = TF.resize(TF.center_crop(image, [crop or min(image.size)] * 2), [size, size])
                 rows[index] = np.asarray(image).transpose(2, 0, 1), True
-            except Exception:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
-                pass
 
         try:
             with ThreadPoolExecutor() as pool:
@@ -448,8 +442,8 @@ def read_images(folder, names, size, crop=None):
 def read_folder(folder, size):
     """Read all images below `folder`, ordered by hash, and print its splits and classes: train/ and test/ (or
     val/, valid/, validation/) when both hold images; the subfolders, when every image lies in one."""
-    paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()]
-    need(paths, f"--dataset {folder}: no image below it (a file named {' '.join(IMG_EXTENSIONS)})")
+    paths = [p for p in folder.rglob("*") if p.is_file() and datasets.folder.is_image_file(p.name)]
+    need(paths, f"--dataset {folder}: no image below it ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
     tops = {os.path.relpath(path, folder): path.relative_to(folder).parts[0].lower() for path in paths}
     names = sorted(tops, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     tests = [top for top in ("test", "val", "valid", "validation") if {"train", top} <= set(tops.values())]
@@ -523,20 +517,16 @@ def variation(images, region):
     return sum((images.diff(dim=dim).abs() * inside).flatten(1).sum(dim=1) for dim, inside in both)
 
 
-def fidelity(reconstruct, images, device, holes=None, visible=False):
-    """Score reconstruct(images) against images (N, C, H, W) uint8. holes (N, 4): cut them first, and score
-    inside them or, if `visible`, outside. -> psnr, of the mean squared error; psnr_luma, psnr_chroma (BT.601)
-    of colour images; sharpness; ssim, always of whole images."""
+def fidelity(reconstruct, images, device, holes=None, hidden=False):
+    """Score reconstruct(images) against images (N, C, H, W) uint8 -> psnr, of colour images psnr_luma and
+    psnr_chroma (BT.601), ssim, sharpness. holes (N, 4): cut first; scored is what is outside or `hidden`."""
     matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     rows = []
-    for start in range(0, len(images), 250):
-        x = images[start : start + 250].to(device).float() / 255
-        given, region = x, torch.ones_like(x[:, :1])
-        if holes is not None:
-            boxes = holes[start : start + 250].to(device)
-            given, region = cut_holes(x, boxes), hole_mask(boxes, x.shape[3])
-            region = 1 - region if visible else region
-        x_hat = reconstruct(given)
+    holes = torch.zeros(len(images), 4) if holes is None else holes  # of no size, so that all is visible
+    for part, boxes in zip(images.split(250), holes.split(250)):
+        x, boxes = part.to(device).float() / 255, boxes.to(device)
+        region = hole_mask(boxes, x.shape[3]) if hidden else 1 - hole_mask(boxes, x.shape[3])
+        x_hat = reconstruct(cut_holes(x, boxes))
         planes = [x_hat - x]
         if x.shape[1] == 3:
             planes += torch.einsum("pc,bchw->bphw", matrix.to(device), x_hat - x).split([1, 2], dim=1)
@@ -571,10 +561,9 @@ def collect(function, images, device):
 
 
 @torch.no_grad()
-def evaluate(model, train, test, masked=False, classifier=None):
-    """Measure an Autoencoder in eval mode -> a flat dict; README says what each number is. train, test: pairs
-    from load_data; train serves PCA and, 10,000 images of it, the probes. masked: measure images with holes.
-    classifier: from train_classifier, to measure recognition."""
+def evaluate(model, train, test, holes=None, classifier=None):
+    """Measure an Autoencoder in eval mode on pairs from load_data -> a flat dict, explained in README. holes:
+    boxes (N, 4) to cut into test images. classifier: from train_classifier, to measure recognition."""
     (images, labels), (test_images, test_labels), device = train, test, next(model.parameters()).device
     codes = collect(model.encode, test_images, device)  # (N, C, h, w)
     sample = images[:: 1 + images.numel() // 2**29].to(device).flatten(1).float() / 255  # at most 2 GB
@@ -584,16 +573,17 @@ def evaluate(model, train, test, masked=False, classifier=None):
              "_pca": lambda x: ((x.flatten(1) - mean) @ axes @ axes.T + mean).view_as(x)}
     results = fidelity(shown[""], test_images, device)
     results["pca_psnr"] = fidelity(shown["_pca"], test_images, device)["psnr"]
-    if masked:
-        holes = draw_holes(test_images.shape, generator_for("cpu", 0))  # the same for every model
-        inside = fidelity(shown[""], test_images, device, holes)
-        floor = fidelity(lambda x: mean.view_as(x[0]).expand_as(x), test_images, device, holes)
+    if holes is not None:
+        inside = fidelity(shown[""], test_images, device, holes, hidden=True)
+        floor = fidelity(lambda x: mean.view_as(x[0]).expand_as(x), test_images, device, holes, hidden=True)
         results |= {"hole_psnr": inside["psnr"], "hole_sharpness": inside["sharpness"]}
         results |= {"masked_ssim": inside["ssim"], "hole_floor_psnr": floor["psnr"]}
-        results["visible_psnr"] = fidelity(shown[""], test_images, device, holes, visible=True)["psnr"]
+        results["visible_psnr"] = fidelity(shown[""], test_images, device, holes)["psnr"]
     slices = draw_slices(codes.shape[1], 256, generator_for(device, 0))
     scores = [sigreg(group, slices).item() for group in codes.split(128)[: max(1, len(codes) // 128)]]
     results |= {"sigreg": sum(scores) / len(scores), "min_std": min_std(codes)}
+    spread = torch.linalg.svdvals(codes[:2000].flatten(1))  # rankme, their effective rank: arXiv 2210.02885
+    results["rankme"] = torch.special.entr(spread / spread.sum()).sum().exp().item()
     if labels is not None:
         picked = torch.randperm(len(images), generator=generator_for("cpu", 0))[:10_000]
         images, labels = images[picked.to(images.device)], labels[picked]
@@ -603,8 +593,12 @@ def evaluate(model, train, test, masked=False, classifier=None):
                  "features": lambda x: pool(model.encoder(x)[-1]), "random": lambda x: pool(untrained(x)[-1])}
         for name, read in reads.items():
             known, asked = (collect(read, part, device).flatten(1).cpu() for part in (images, test_images))
-            guess = linear_probe(known, labels, asked)
-            results[f"probe_{name}"] = 100 * (guess == test_labels).double().mean().item()
+            guesses = {"probe": linear_probe(known, labels, asked)}
+            if name in ("code", "pca"):
+                nearest = (F.normalize(asked) @ F.normalize(known).T).topk(min(20, len(known))).indices
+                guesses["knn"] = labels[nearest].mode(dim=1).values
+            for kind, guess in guesses.items():
+                results[f"{kind}_{name}"] = 100 * (guess == test_labels).double().mean().item()
     for name, show in shown.items() if classifier else ():
         guess = collect(lambda x: classifier(show(x)).argmax(dim=1).cpu(), test_images, device)
         results["recognition" + name] = 100 * (guess == test_labels).double().mean().item()
@@ -612,8 +606,7 @@ def evaluate(model, train, test, masked=False, classifier=None):
 
 
 def train_classifier(images, labels, device, bf16, steps=2000):
-    """Train a small classifier on images (N, C, S, S) uint8, shifted by up to a tenth or mirrored, and labels
-    (N,) -> a function of images in [0, 1] to scores (B, classes)."""
+    """Train a small classifier on images (N, C, S, S) uint8 and labels (N,) -> a model with (B, K) scores."""
     layers, inputs = [nn.AvgPool2d(max(1, images.shape[2] // 64))], images.shape[1]
     for outputs, shrink in ((32, True), (64, True), (128, False), (128, True), (128, False)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -638,12 +631,24 @@ def train_classifier(images, labels, device, bf16, steps=2000):
     return model.eval()
 
 
+def code_rows(model, images):
+    """Decode changed codes of images (n, C, S, S) -> {label: images (n, C, S, S)}. walk: the first image's,
+    its first channel from -3 to 3; samples: noise; brush: each with the middle of the next one's."""
+    z = model.encode(images)
+    share = torch.linspace(0, 1, len(z), device=z.device).view(-1, 1, 1, 1)
+    walk, brush, edge = z[:1].repeat(len(z), 1, 1, 1), z.clone(), z.shape[2] // 4
+    walk[:, :1] = 6 * share - 3
+    brush[:, :, edge : 3 * edge, edge : 3 * edge] = z.roll(-1, 0)[:, :, edge : 3 * edge, edge : 3 * edge]
+    codes = dict(walk=walk, interpolation=z[0].lerp(z[-1], share), samples=torch.randn_like(z), brush=brush)
+    return {label: model.decode(code) for label, code in codes.items()}
+
+
 def save_rows(path, rows):
     """Save a picture: {label: images (n, C, S, S) in [0, 1]}, a labelled row each, small images enlarged."""
     strips = []
     for label, images in rows.items():
         tiles = F.interpolate(images.cpu().clamp(0, 1), scale_factor=max(1, 64 // images.shape[3]))
-        grid = make_grid(tiles, nrow=len(tiles), pad_value=1)  # (3, H, W)
+        grid = utils.make_grid(tiles, nrow=len(tiles), pad_value=1)  # (3, H, W)
         caption = Image.new("RGB", (grid.shape[2], 14), "white")
         ImageDraw.Draw(caption).text((3, 1), label, fill="black")
         strips += [TF.to_tensor(caption), grid]
@@ -652,7 +657,7 @@ def save_rows(path, rows):
 
 def print_table(tables):
     """Print {run: what evaluate returns}, a column for each run, and PCA and originals beside them."""
-    pca = {"psnr": "pca_psnr", "probe_code": "probe_pca", "recognition": "recognition_pca"}
+    pca = dict(psnr="pca_psnr", probe_code="probe_pca", knn_code="knn_pca", recognition="recognition_pca")
     names = dict.fromkeys(name for table in tables.values() for name in table)
     columns, first = [*tables, "PCA", "originals"], next(iter(tables.values()))
     print(" " * 16, *(f"{column:>10}" for column in columns))
@@ -684,9 +689,10 @@ class Objective(nn.Module):
 
     def draw(self, shape, generator):
         """Draw all that is random in a step on images of `shape`: holes or None, T's draw or None, slices."""
-        holes = draw_holes(shape, generator) if self.config.masked else None
-        drawn = draw_transform(self.config.transform, shape, generator, self.config.crop)
-        return holes, drawn, draw_slices(self.model.norm.num_features, self.config.slices, generator)
+        config = self.config
+        holes = draw_holes(shape, generator, config.hole) if config.masked else None
+        drawn = draw_transform(config.transform, shape, generator, config.crop, config.mask_ratio)
+        return holes, drawn, draw_slices(self.model.norm.num_features, config.slices, generator)
 
     def forward(self, images, holes, drawn, slices):
         """Return the loss of images (B, C, S, S) in [0, 1] and its terms by name."""
@@ -701,9 +707,8 @@ class Objective(nn.Module):
 
 def train(model, images, config, folder, stored=None, compiled=False):
     """Train a model on images (N, C, S, S) uint8, on its device or the CPU -> the history, means per epoch.
-    Raises FloatingPointError when one is not finite. stored: the checkpoint of an epoch, to go on from:
-    settings, history, weights, judge, optimizer. Order and draws are functions of (seed, epoch, process).
-    Processes average gradients and share the order; each has its own part of it, its own T and own SIGReg."""
+    Raises FloatingPointError when one is not finite. stored: a checkpoint to go on from. Order and draws are
+    functions of (seed, epoch, process). Processes average gradients; each has its images, T and SIGReg."""
     device, many = next(model.parameters()).device, distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
     objective = Objective(model, config)
@@ -724,8 +729,7 @@ def train(model, images, config, folder, stored=None, compiled=False):
         steps = range(epoch * count, (epoch + 1) * count)
         model.train()
         for step, picked in zip(progress(steps, count, lambda: f"{title}  loss {loss.item():.4f}"), order):
-            batch = images[picked] if images.device == device else images[picked].pin_memory()
-            x = batch.to(device, non_blocking=True).float() / 255
+            x = images[picked].to(device).float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = wrapped(x, *objective.draw(x.shape, generator))
             optimizer.param_groups[0]["lr"] = learning_rate(step, config.epochs * count, config.lr)
@@ -792,6 +796,8 @@ PRESETS = {  # what a data set changes of the defaults; a path starts from those
 NUMBERS = {  # flag: default (of the shapes), least, most, help
     "--size": (0, 0, 4096, "side to resize images to; 0: as they are, of a folder 64, celeba 128"),
     "--validation": (0, 0, 10**9, "test on so many of the last training images instead"),
+    "--hole": (0.35, 0.001, 0.999, "share of the area that --masked hides"),
+    "--mask-ratio": (0.7, 0.001, 1, "share of the pixels, patches or channels that T blackens"),
     "--layer-weight": (0.0, 0, 1e6, "of the judge's inner activations; with --masked 10"),
     "--sigreg-weight": (0.03, 0, 1e6, "lambda; halve it when the batch size doubles"),
     "--slices": (64, 1, 10**5, "directions that SIGReg tests in a step"),
@@ -837,11 +843,10 @@ def preset(args, images=None):
     """Return what the data set and, once loaded, its training images (N, C, S, S) change of the defaults."""
     row = dict(PRESETS.get(args.dataset, PRESETS["cifar10"]), layer_weight=10.0 if args.masked else 0.0)
     row |= {"latent_dim": 128} if args.dataset == "celeba" and args.masked else {}
+    row["processes"] = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is RANK
     if images is not None:
         row |= {"channels": images.shape[1], "size": images.shape[2]}
-        row["processes"] = int(os.environ.get("WORLD_SIZE", 1))
-        if args.latent_dim:
-            row["latent_channels"] = args.width  # as the author does
+        row |= {"latent_channels": args.width} if args.latent_dim else {}  # as the author does
         if args.dataset not in PRESETS:  # at least 1,500 steps
             row["batch_size"] = max(2, min(128, len(images) // 8))
             row["epochs"] = max(15, math.ceil(1500 / max(1, len(images) // row["batch_size"])))
@@ -849,8 +854,7 @@ def preset(args, images=None):
 
 
 def check(args, parser=None):
-    """Raise BadInput for a setting out of range, in a stranger's checkpoint too, and, given the parser with
-    the defaults, for a flag that does nothing beside the others."""
+    """Raise BadInput for a setting out of range or, given the parser, for a flag that does nothing here."""
     for flag, (_, low, high, _) in NUMBERS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         need(low <= value <= high, f"{flag} {value}: must be from {low:,} to {high:,}")
@@ -859,9 +863,11 @@ def check(args, parser=None):
     need(args.latent_dim or 8 * args.width % args.latent_channels == 0,
          f"--latent-channels {args.latent_channels}: must divide 8 * --width, {8 * args.width}")
     if parser:
+        need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none; pass cpu")
         mse = args.objective == "mse"
         idle = {"recognition": 1, "latent_channels": args.latent_dim, "crop": mse or args.transform != "crop"}
         idle |= dict.fromkeys(("transform", "judge", "layer_weight", "sigreg_weight", "slices"), mse)
+        idle |= {"hole": not args.masked, "mask_ratio": mse or args.transform in ("none", "crop", "stack")}
         if args.eval:  # the runs have their settings; only their data may be others
             idle = dict.fromkeys(vars(args).keys() - {"dataset", "validation", *NOT_SETTINGS}, True)
         for name in idle:
@@ -869,21 +875,13 @@ def check(args, parser=None):
             need(not needless, f"--{name.replace('_', '-')}: does nothing here; leave it out")
 
 
-def load(args):
-    """Load the data of a run, onto the device when it takes at most half of the free memory there."""
-    need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none; pass --device cpu")
-    splits = load_data(args.dataset, args.data, args.size, args.validation)
-    fits = args.device == "cuda" and sum(x.nbytes for x, _ in splits) < torch.cuda.mem_get_info()[0] / 2
-    return [(images.to(args.device) if fits else images, labels) for images, labels in splits]
-
-
 def open_folder(out, name):
     """Return --out or, without it, the first of runs/NAME, runs/NAME-2, ... that is not there yet."""
     folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
     folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
-    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
     used = [name for name in ("metrics.json", "comparison.png", "log.csv") if (folder / name).exists()]
     unfinished = (folder / "checkpoint.pt").exists() and "metrics.json" not in used
+    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
     need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
     return folder
 
@@ -896,15 +894,16 @@ def report(runs, splits, folder, classifier=None):
     for label, (model, config, history) in runs.items():
         print(f"measuring {label} on {len(test_images):,} test images", flush=True)
         torch.manual_seed(0)
-        tables[label] = evaluate(model, *splits, config.masked, classifier)
+        holes = draw_holes(test_images.shape, generator_for("cpu", 0), config.hole)  # for every run the same
+        tables[label] = evaluate(model, *splits, holes if config.masked else None, classifier)
         seconds, speed = sum(epoch["seconds"] for epoch in history), history[-1]["images_per_second"]
         tables[label] |= {"train_seconds": seconds, "images_per_second": speed}
-        x = test_images[:16].to(next(model.parameters()).device).float() / 255
+        x = rows["originals"].to(next(model.parameters()).device)
         rows[label] = model.decode(model.encode(x))
         if config.masked:
-            holes = draw_holes(test_images.shape, generator_for("cpu", 0))[:16].to(x.device)
-            rows["with holes"] = cut_holes(x, holes)
+            rows["with holes"] = cut_holes(x, holes[:16].to(x.device))
             rows[f"{label}, from holes"] = model.decode(model.encode(rows["with holes"]))
+        rows |= code_rows(model, x) if len(runs) == 1 else {}
     save_rows(folder / "comparison.png", rows)
     print_table(tables)
     (folder / "metrics.json").write_text(json.dumps(tables if len(runs) > 1 else tables[label], indent=1))
@@ -921,19 +920,20 @@ def train_command(parser, argv):
     folder = open_folder(args.out, "-".join(name))
     need(args.dataset in PRESETS or Path(args.dataset).resolve() not in (folder / "file").resolve().parents,
          f"--out {folder}: lies among the images of --dataset; pass another folder")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ["RANK"]) if world > 1 else 0
-    if world > 1:  # under torchrun
+    world, rank = args.processes, int(os.environ["RANK"]) if args.processes > 1 else 0
+    if world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")
         distributed.barrier()  # until the first process has downloaded and decoded
-    splits = load(args)
+    splits = load_data(args.dataset, args.data, args.size, args.validation)
     if world > 1 and not rank:
         distributed.barrier()
     images = splits[0][0]
+    if args.device == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        images = images.cuda()
     parser.set_defaults(**preset(args, images))
     args = parser.parse_args(argv)
     check(args, parser)
@@ -954,7 +954,7 @@ def train_command(parser, argv):
         history = train(model, images, config, folder, stored, args.compile)
         if rank == 0:
             report({folder.name: (model.eval(), config, history)}, splits, folder)
-    except (KeyboardInterrupt, SystemExit, OSError):
+    except (SystemExit, OSError):
         line = shlex.join(argv if args.out else [*argv, "--out", str(folder)])
         print(f"\nto resume: python stae.py {line}", file=sys.stderr)
         raise
@@ -970,7 +970,8 @@ def eval_command(parser, argv):
         check(args, parser)
         kinds.add((args.dataset, args.validation, args.size, args.channels))
     need(len(kinds) == 1, f"--eval: runs of different data, {sorted(kinds)}; pass one --dataset, or fewer")
-    splits, classifier, folder = load(args), None, open_folder(args.out, "eval")
+    splits, classifier = load_data(args.dataset, args.data, args.size, args.validation), None
+    folder = open_folder(args.out, "eval")
     need(splits[0][0].shape[1] == args.channels, f"--dataset {args.dataset}: needs {args.channels} channels")
     torch.manual_seed(0)
     if args.recognition:
@@ -982,9 +983,10 @@ def eval_command(parser, argv):
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 for a failure, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line -> exit code: 0, 1 for a failure, 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         parser = build_parser()
         (eval_command if parser.parse_args(argv).eval else train_command)(parser, argv)
@@ -992,8 +994,6 @@ def main(argv=None):
     except (BadInput, FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as error:
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

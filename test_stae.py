@@ -1,7 +1,6 @@
 """Tests of stae.py: against oracles, of properties, and of the real command line run tiny."""
 import ast
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -55,21 +54,18 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def test_parameter_counts_of_the_authors_networks():
+def test_the_authors_networks():
+    down, x = stae.Down(4, 4), torch.rand(2, 4, 6, 8)
+    for p in down.parameters():
+        nn.init.zeros_(p)
+    torch.testing.assert_close(down(x), F.silu(F.avg_pool2d(x, 2)))  # the mean of each group of pixels
+
     def count(*sizes):
         return sum(p.numel() for p in stae.Autoencoder(*sizes).parameters())
 
     with torch.device("meta"):
         assert count(3, 32, 8) == 135_027 and round(count(3, 128, 32) / 1e6, 2) == 2.13  # CIFAR-10, CelebA
         assert [round(count(3, 128, 128, n, 128) / 1e6, 1) for n in (128, 512)] == [11.2, 36.3]  # masked
-
-
-def test_skip_of_down_is_the_mean_of_its_group_of_pixels():
-    down = stae.Down(4, 4)
-    for p in down.parameters():
-        nn.init.zeros_(p)
-    x = torch.rand(2, 4, 6, 8)
-    torch.testing.assert_close(down(x), F.silu(F.avg_pool2d(x, 2)))
 
 
 def numpy_sigreg(codes, slices):
@@ -273,8 +269,7 @@ def test_any_model_learns_to_reconstruct(make, dimensions, layer_weight, masked)
     for step in range(40):
         views = stae.views("crop", stae.draw_transform("crop", x.shape, generator(step)))
         slices = stae.draw_slices(dimensions, 8, generator(step))
-        judge = stae.freeze(model.encoder)
-        loss, _ = loss_of(model, *inputs, views, slices, judge, layer_weight=layer_weight)
+        loss, _ = loss_of(model, *inputs, views, slices, stae.freeze(model.encoder), 0.03, layer_weight)
         if step == 0:  # running statistics move once a step, and from full images
             twin.encode(torch.cat(inputs))
             torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
@@ -315,11 +310,10 @@ def test_sections_1_to_4_run_alone():
 
 
 def test_nothing_on_a_cuda_device_meets_the_cpu(monkeypatch):
-    """A fake device stands in: it computes shapes alone, and refuses what mixes devices."""
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)  # a fake tensor has no values
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [1.0] * len(self))
     monkeypatch.setattr(F, "one_hot", lambda x: x.new_zeros(*x.shape, 3))
-    with FakeTensorMode() as fake, torch.device("cuda"):
+    with FakeTensorMode() as fake, torch.device("cuda"):  # computes shapes alone, refuses mixed devices
         model, x, holes = stae.Autoencoder(3, 4, 4), torch.rand(6, 3, 16, 16), torch.ones(6, 4).long()
         drawn = {"crop": holes, "pixel": x[:, :1], "patch": x[:, :1], "channel": x[:, :, :1, :1]}
         slices, labels, flat, images = torch.rand(4, 8), holes[:, 0], x.flatten(1), (255 * x).byte()
@@ -457,7 +451,7 @@ def test_cifar10_is_read_in_torchvisions_layout(monkeypatch):
             self.data = np.full((len(self), 32, 32, 3), [50 * train, 60, 70], np.uint8)
             self.targets = [i % 10 for i in self]
 
-    monkeypatch.setattr(stae, "CIFAR10", Stored)
+    monkeypatch.setattr(stae.datasets, "CIFAR10", Stored)
     (train, labels), (test, test_labels) = stae.load_data("cifar10")
     assert train.shape == (40, 3, 32, 32) and train[0, :, 0, 0].tolist() == [50, 60, 70]
     assert greys(test) == [0] * 10 and [*labels, *test_labels] == 5 * [*range(10)]
@@ -494,7 +488,7 @@ def test_ssim_against_numpy_and_variation_by_hand():
 def test_fidelity_by_hand(where):
     images = labelled(260, 0)[0]  # more than it takes at a time
     x, holes = images.float() / 255, stae.draw_holes(images.shape, generator(), 0.35)
-    given = {} if where == "whole" else {"holes": holes, "visible": where == "visible"}
+    given = {} if where == "whole" else {"holes": holes, "hidden": where == "inside"}
     found = stae.fidelity(lambda x: 0.6 * x + 0.1, images, "cpu", **given)
     inside = stae.hole_mask(holes, 16)
     region = {"whole": torch.ones_like(inside), "inside": inside, "visible": 1 - inside}[where]
@@ -532,34 +526,50 @@ def test_evaluate_against_its_parts():
     def accuracy(guess):
         return 100 * (guess == asked).double().mean().item()
 
+    def knn(x, y):
+        near = (F.normalize(y) @ F.normalize(x).T).argsort(dim=1, descending=True)[:, :20]
+        return torch.tensor([np.bincount(row).argmax() for row in labels[near].numpy()])
+
     found = stae.evaluate(model, (train, labels), (test, asked), classifier=classifier)
     x, y = train.float() / 255, test.float() / 255
     known, codes, x_hat = model.encode(x).flatten(1), model.encode(y), model.decode(model.encode(y))
     mean = x.flatten(1).mean(dim=0)
-    axes = np.linalg.svd((x.flatten(1) - mean).double().numpy(), full_matrices=False)[2][:16].T
-    axes = torch.from_numpy(axes.copy()).float()
+    axes = torch.linalg.svd(x.flatten(1) - mean, full_matrices=False)[2][:16].T
     a, b = ((images.flatten(1) - mean) @ axes for images in (x, y))
     before, after = (model.encoder(images)[-1].flatten(1) for images in (x, y))
     shown = {"": x_hat, "_original": y, "_pca": (b @ axes.T + mean).view_as(y)}
+    spread = np.linalg.svd(codes.flatten(1).numpy())[1]
     expected = {
         "psnr": decibels(x_hat - y), "pca_psnr": decibels(shown["_pca"] - y), "min_std": stae.min_std(codes),
         "sigreg": stae.sigreg(codes, stae.draw_slices(4, 4096, generator())).item(), "code_size": 16,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "rankme": spread.sum() / np.exp((spread * np.log(spread)).sum() / spread.sum()),
+        "knn_code": accuracy(knn(known, codes.flatten(1))), "knn_pca": accuracy(knn(a, b)),
         "probe_code": accuracy(stae.linear_probe(known, labels, codes.flatten(1))),
         "probe_pca": accuracy(stae.linear_probe(a, labels, b)),
         "probe_features": accuracy(stae.linear_probe(before, labels, after)),
         **{f"recognition{name}": accuracy(classifier(seen).argmax(dim=1)) for name, seen in shown.items()}}
     assert found["sigreg"] == pytest.approx(expected.pop("sigreg"), rel=0.1)  # of other slices
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    unlabelled = stae.evaluate(model, (train, None), (test, None), masked=True)
-    assert not [name for name in unlabelled if name.startswith(("probe", "recognition"))]
-    holes = stae.draw_holes(test.shape, stae.generator_for("cpu", 0))
-    measure = functools.partial(stae.fidelity, images=test, device="cpu", holes=holes)
-    inside, visible = (measure(lambda x: model.decode(model.encode(x)), visible=v) for v in (False, True))
-    floor = measure(lambda x: mean.view(1, 3, 16, 16))
+    holes = stae.draw_holes(test.shape, generator())
+    unlabelled = stae.evaluate(model, (train, None), (test, None), holes)
+    assert not [name for name in unlabelled if name.startswith(("probe", "knn", "recognition"))]
+    given = test, "cpu", holes
+    inside, visible = (stae.fidelity(lambda x: model.decode(model.encode(x)), *given, h) for h in (1, 0))
+    floor = stae.fidelity(lambda x: mean.view(1, 3, 16, 16), *given, hidden=True)
     expected = inside["psnr"], visible["psnr"], floor["psnr"], inside["sharpness"], inside["ssim"]
     names = "hole_psnr", "visible_psnr", "hole_floor_psnr", "hole_sharpness", "masked_ssim"
     assert [unlabelled[name] for name in names] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_of_changed_codes():
+    x = torch.rand(5, 3, 8, 8, generator=generator())
+    rows = stae.code_rows(types.SimpleNamespace(encode=lambda x: x, decode=lambda z: z), x)
+    assert rows["walk"][:, 0, 5, 5].tolist() == [-3, -1.5, 0, 1.5, 3]
+    assert torch.equal(rows["walk"][3, 1:], x[0, 1:]) and rows["samples"].unique().numel() == x.numel()
+    torch.testing.assert_close(rows["interpolation"][1], 0.75 * x[0] + 0.25 * x[4])
+    middle = F.pad(torch.ones(4, 4), (2, 2, 2, 2))
+    assert torch.equal(rows["brush"], torch.where(middle > 0, x.roll(-1, 0), x))
 
 
 @pytest.fixture
@@ -601,7 +611,6 @@ def change_call(monkeypatch, owner, name, count, change):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(
         here, monkeypatch, capsys, flags, owner, name, count, done, number, code):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     line = f"{TINY} --epochs 3 {flags}"
     assert run(f"{line} --out whole") == 0
     change_call(monkeypatch, owner, name, count, lambda result: signal.raise_signal(number))
@@ -632,7 +641,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, m
     error = capsys.readouterr().err
     assert "epoch 2/3" in error and "loss" in error and "nan" in error and error.count("\n") == 1
     assert len(stored("run")["history"]) == 1
-    assert all(value.isfinite().all() for value in stored("run")["objective"].values())
 
 
 def test_a_code_that_collapses_is_said(here, capsys):
@@ -690,26 +698,22 @@ def test_torchrun_trains_one_run(here):
     done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1 and re.search(r"^psnr +\d", done.stdout, re.M)
-    folder, = here.glob("runs/*")
-    assert (folder / "metrics.json").exists() and len(log_of(folder)) == 2
+    assert [len(log_of(folder)) for folder in here.glob("runs/*")] == [2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.15)])
 @pytest.mark.parametrize("flags", ["--judge live", "--masked --judge ema", "--transform stack"])
-def test_compiled_runs_agree_with_plain_ones(here, flags, precision, tolerance):
+def test_compiled_runs_agree_with_plain_ones(here, flags):
     for out, more in {"plain": "", "compiled": "--compile"}.items():
-        assert run(f"{TINY} {flags} {more} --precision {precision} --out {out}") == 0
+        assert run(f"{TINY} {flags} {more} --out {out}") == 0
     plain, compiled = (log_of(out)[1].split(",") for out in ("plain", "compiled"))
-    assert [float(value) for value in compiled] == pytest.approx(list(map(float, plain)), rel=tolerance)
+    assert [float(value) for value in compiled] == pytest.approx(list(map(float, plain)), rel=1e-3)
 
 
-FILES = {"checkpoint.pt", "log.csv", "metrics.json", "comparison.png"}
 HOLES = {"hole_psnr", "hole_floor_psnr", "visible_psnr", "hole_sharpness", "masked_ssim"}
-METRICS = set("""psnr psnr_luma psnr_chroma ssim sharpness pca_psnr sigreg min_std probe_code probe_pca
-    probe_random probe_features code_size parameters train_seconds images_per_second
-    """.split())
+METRICS = set("""psnr psnr_luma psnr_chroma ssim sharpness pca_psnr sigreg min_std rankme
+    probe_code probe_pca knn_code knn_pca probe_features probe_random
+    code_size parameters train_seconds images_per_second""".split())
 OWN = "stae-crop-frozen"
 
 
@@ -720,10 +724,10 @@ OWN = "stae-crop-frozen"
         "--crop 0.2 0.9", "--layer-weight 1", "--sigreg-weight 0.1", "--slices 5", "--width 4", "--lr 0.02",
         "--latent-channels 4", "--latent-dim 4", "--epochs 2", "--batch-size 6", "--validation 8", "--seed 1",
         "--precision bf16", "--size 24")],
-    *[("--masked", flag, f"masked-{OWN}") for flag in ("--latent-dim 3", "--layer-weight 1")],
+    *[("--masked", flag, f"masked-{OWN}") for flag in ("--latent-dim 3", "--layer-weight 1", "--hole 0.2")],
     ("", "--objective mse", "mse"), ("--masked", "--objective mse", "masked-mse"),
     ("", "--masked", f"masked-{OWN}"),
-    ("--transform pixel", "--seed 2", "stae-pixel-frozen")])
+    *[("--transform pixel", flag, "stae-pixel-frozen") for flag in ("--seed 2", "--mask-ratio 0.5")]])
 def test_flags_reach_training_and_a_run_writes_all_its_files(here, capsys, base, flags, name):
     assert run(f"{TINY} {base} --out base") == 0
     capsys.readouterr()
@@ -732,7 +736,7 @@ def test_flags_reach_training_and_a_run_writes_all_its_files(here, capsys, base,
     folder, = Path("runs").iterdir()
     assert folder.name == f"tiny-{name}-s{flags[-1] if '--seed' in flags else 0}"
     assert log_of(folder) != log_of("base")
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert sorted(os.listdir(folder)) == ["checkpoint.pt", "comparison.png", "log.csv", "metrics.json"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == METRICS | (HOLES if "--masked" in base + flags else set())
     assert first.startswith(f"{folder}: ") and "batch_size" in first
@@ -743,8 +747,8 @@ def test_flags_reach_training_and_a_run_writes_all_its_files(here, capsys, base,
 @pytest.mark.parametrize("line, expected", [
     ("shapes", dict(transform="pixel", width=32, epochs=12, lr=1e-2, latent_channels=8, layer_weight=0)),
     ("cifar10", dict(transform="crop", width=64, epochs=15, lr=3e-3, latent_channels=8, batch_size=128)),
-    ("celeba", dict(transform="crop", width=128, epochs=50, lr=1e-3, latent_channels=32, latent_dim=0)),
-    ("celeba --masked", dict(latent_dim=128, layer_weight=10)),
+    ("celeba", dict(width=128, epochs=50, lr=1e-3, latent_channels=32, latent_dim=0)),
+    ("celeba --masked", dict(transform="crop", latent_dim=128, layer_weight=10)),
     ("x.npz --lr 1", dict(width=64, lr=1, batch_size=50, epochs=188, size=32, channels=3))])
 def test_presets(line, expected):
     parser, images = stae.build_parser(), torch.zeros(400, 3, 32, 32)
@@ -764,26 +768,23 @@ def runs(tmp_path_factory):
 @torch.no_grad()
 def test_a_run_is_measured_and_loaded_again(runs, tmp_path):
     assert run(f"--eval {runs}/one --device cpu --out {tmp_path}/again") == 0
-    assert {path.name for path in (tmp_path / "again").iterdir()} == {"metrics.json", "comparison.png"}
-    files = runs / "one" / "metrics.json", tmp_path / "again" / "metrics.json"
-    table, again = (json.loads(path.read_text()) for path in files)
+    folders = runs / "one", tmp_path / "again"
+    table, again = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
     assert again == pytest.approx(table)
     model, x = stae.load_model(runs / "one"), torch.rand(5, 3, 16, 16)
     stem = stored(runs / "one")["objective"]["model.encoder.stem.weight"]
     assert not model.training and torch.equal(model.encoder.stem.weight, stem)
-    assert model.encode(x).shape == (5, 8, 2, 2) and model.decode(model.encode(x)).shape == x.shape
+    assert model.decode(model.encode(x)).shape == x.shape
 
 
-def test_runs_are_measured_side_by_side_with_recognition(runs, monkeypatch, tmp_path):
+def test_runs_are_measured_side_by_side_with_recognition(runs, monkeypatch, here):
     train = stae.train_classifier
     monkeypatch.setattr(stae, "train_classifier", lambda *args: train(*args, steps=2))
-    monkeypatch.chdir(tmp_path)
-    write_npz("other.npz", y_train=np.arange(24) % 2)
     shutil.copy(runs / "two" / "checkpoint.pt", "two.pt")
-    line = f"--eval {runs}/one two.pt --dataset other.npz --recognition --device cpu"
+    line = f"--eval {runs}/one two.pt --dataset tiny.npz --recognition --device cpu"
     assert run(line) == run(line) == 0  # it never overwrites
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["eval", "eval-2"]
-    assert {path.name for path in Path("runs/eval").iterdir()} == {"metrics.json", "comparison.png"}
+    assert sorted(os.listdir("runs")) == ["eval", "eval-2"]
+    assert len([*Path("runs").glob("eval*/comparison.png")]) == 2
     one, two = json.loads(Path("runs/eval/metrics.json").read_text()).values()
     assert one.keys() == METRICS | {"recognition", "recognition_pca", "recognition_original"}
     assert two.keys() == one.keys() | HOLES and one["recognition_original"] == two["recognition_original"]
@@ -820,8 +821,8 @@ def bad(runs, tmp_path_factory):
     (folder / "half.pt").write_bytes((runs / "one" / "checkpoint.pt").read_bytes()[:2000])
     (folder / "half.npz").write_bytes((folder / "tiny.npz").read_bytes()[:2000])
     paint(folder / "photos" / "0.png", 0)
-    (folder / "empty").mkdir()
-    (folder / "broken").mkdir()
+    for name in ("empty", "broken"):
+        (folder / name).mkdir()
     for name in ("text.pt", "text.npz", "notes.txt", "broken/a.png", "broken/b.jpg"):
         (folder / name).write_text("hello")
     shutil.copytree(runs / "one", folder / "done")
@@ -830,13 +831,13 @@ def bad(runs, tmp_path_factory):
 
 LINES = """--dataset nowhere; --dataset notes.txt; --transform wavelet; --judge nobody; --objective gan;
     --size 30; --size 8; --size 32.0; --crop 0.5 0.2; --crop 0 1; --crop 0.5 1.5; --crop 0.5;
-    --layer-weight -1; --sigreg-weight nan; --sigreg-weight inf; --slices 0; --width 0; --width
-    many; --width 4000000000; --latent-channels 3; --latent-dim -1; --epochs 0; --epochs 1.5;
-    --batch-size 1; --batch-size 25; --lr 0; --seed -1; --validation 24; --device tpu; --precision
-    fp8; --out done; --out notes.txt; --epoch 3; --bogus; --objective mse --judge ema; --objective
-    mse --slices 5; --recognition; --dataset photos --out photos/run; --eval nowhere; --eval done
-    --width 8; --eval done --out ./done; --eval done --objective mse; --eval done --recognition
-    --dataset unlabelled.npz; --dataset broken; --dataset empty"""
+    --layer-weight -1; --sigreg-weight nan; --sigreg-weight inf; --slices 0; --width 0; --width many;
+    --width 4000000000; --latent-channels 3; --latent-dim -1; --epochs 0; --epochs 1.5; --batch-size 1;
+    --batch-size 25; --lr 0; --seed -1; --validation 24; --hole 0.2; --masked --hole 1; --mask-ratio 0.5;
+    --transform patch --mask-ratio 2; --device tpu; --precision fp8; --out done; --out notes.txt; --epoch
+    3; --bogus; --objective mse --judge ema; --objective mse --slices 5; --recognition; --dataset photos
+    --out photos/run; --eval nowhere; --eval done --width 8; --eval done --out ./done; --eval done
+    --objective mse; --eval done --recognition --dataset unlabelled.npz; --dataset broken; --dataset empty"""
 NPZ = "float labels words code keys two none single sides half text".split()
 CHECKPOINTS = "code keys lacking word wide shape extra spread half text".split()
 
@@ -867,8 +868,7 @@ def test_the_code_keeps_its_limits(name, lines):
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     required = {line.split(">=")[0] for line in (HERE / "requirements.txt").read_text().split()}
     assert required == {"torch", "torchvision", "numpy", "pytest"}
-    brought = {"PIL", "stae"}  # Pillow by torchvision
-    assert {module.split(".")[0] for module in imported} - sys.stdlib_module_names <= required | brought
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names <= required | {"PIL", "stae"}
 
 
 def test_the_method_the_flags_and_the_readme_keep_their_limits():
