@@ -880,7 +880,7 @@ def open_folder(out, name):
     folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
     folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
     used = [name for name in ("metrics.json", "comparison.png", "log.csv") if (folder / name).exists()]
-    unfinished = (folder / "checkpoint.pt").exists() and "metrics.json" not in used
+    unfinished = name != "eval" and (folder / "checkpoint.pt").exists() and "metrics.json" not in used
     need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
     need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
     return folder
