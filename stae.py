@@ -11,15 +11,15 @@ The method is sections 1 to 4, which import torch alone:
     z = E(x), x_hat = D(z)                               # encoder and decoder
     loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: the same random crop or mask for both
 
-The judge J is the encoder itself, with its weights detached for the step: gradient reaches the decoder
-through x_hat, and the encoder only through its code z. No pixel of x_hat is ever compared with one of x.
-SIGReg pulls the codes towards N(0, I), against collapse. Without T the pair may settle on a private language:
-images that mean the same to the encoder and look wrong to us.
+The judge J is the encoder itself, its weights constants for the step, or it would learn to overlook errors:
+gradient reaches the decoder through x_hat, and the encoder only through its code z. No pixel of x_hat is ever
+compared with one of x. SIGReg pulls the codes towards N(0, I), against collapse. Without T the pair may end
+in a private language: images that mean the same to the encoder and look wrong to us.
 
 From the author: objective, network, transformations, masked mode, frozen judge. Matteo Peluso, "Self-Teaching
     Autoencoder", 2026, https://github.com/the-puzzler/leautoencoder
 From LeJEPA: SIGReg. Balestriero and LeCun, arXiv 2511.08544, 2025.
-Ours: ema and random judges, inner activations, the scale of d, the norm, larger crops, training, evaluation.
+Ours: the other judges, inner activations, the scale of d, the norm, larger crops, training, evaluation.
 """
 import argparse
 import copy
@@ -76,7 +76,7 @@ class Up(nn.Module):
 
 class Encoder(nn.Module):
     """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or (B, n, 1, 1), then two
-    inner activations. The norm of the code is elsewhere: transformed images must not move its averages."""
+    inner activations. The norm of the code is kept apart: transformed images must not move its averages."""
 
     def __init__(self, channels, width, latent_channels, latent_dim=0, size=32):
         super().__init__()
@@ -142,13 +142,13 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
         projected = (codes @ slices).flatten(1)  # (N, P * M)
         t = torch.linspace(0, t_max, knots, device=codes.device)[:, None]
         gaussian = torch.exp(-t.square() / 2)
-        angles = [pair[:, None] * projected for pair in t.split(2)]  # two knots at a time fit a CPU's cache
+        angles = [pair[:, None] * projected for pair in t.split(2)]  # (2, N, P * M) each: fits a CPU's cache
         cos, sin = (torch.cat([f(angle).mean(dim=1) for angle in angles]) for f in (torch.cos, torch.sin))
         gap = (cos - gaussian).square() + sin.square()  # (knots, P * M)
         return len(codes) * torch.trapezoid(2 * gap * gaussian, t, dim=0).mean()
 
 
-# 3. Transforms: T, drawn once per image and step, the same for x and x_hat. Kinds and settings: the author's
+# 3. Transforms: T, drawn once per image and step, the same for x and x_hat. The kinds are the author's
 
 TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
 FILTERS = ("blur", "colour", "edges", "residual", "contrast")  # the views of "stack" beside the full image
@@ -274,12 +274,11 @@ def distance(target, seen, layer_weight=0.0):
     """Return d, how far what the judge sees in x_hat is from what it sees in x, as a scalar in float32.
     target, seen: features (B, D) or (B, C, h, w), or a list of these and of inner activations. Features: mean
     of ((seen - target) / (s + 1e-3))^2, s the target's deviation per channel over batch and positions. (The
-    author scales both sides by their own batch, which hides a shift common to it.) layer_weight (ours): of
-    the sum over inner activations (ValueError without any) of mean((seen - target)^2) / (variance + 1e-4)."""
-    target, seen = ([side] if torch.is_tensor(side) else side for side in (target, seen))
+    author scales both sides by their own batch, which hides a shift common to it.) layer_weight (ours)
+    times a sum over inner activations is added, of mean((seen - target)^2) / (variance + 1e-4)."""
+    target, seen = ([x.float() for x in ([s] if torch.is_tensor(s) else s)] for s in (target, seen))
     if layer_weight and len(target) < 2:
         raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
-    target, seen = ([layer.float() for layer in side] for side in (target, seen))
     dims = [dim for dim in range(target[0].dim()) if dim != 1]
     variance = target[0].var(dim=dims, correction=0, keepdim=True).clamp(min=1e-12)  # sqrt is steep at 0
     total = ((seen[0] - target[0]) / (variance.sqrt() + 1e-3)).square().mean()
@@ -301,15 +300,15 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
     """Return the loss of images (B, C, H, W) in [0, 1], a scalar, and its terms by name. judge: usually
     freeze(model.encoder). slices: (D, M), D the channels of z. sigreg_weight: lambda; halved for twice B."""
     z = model.encode(images)
-    x_hat = model.decode(z)
-    judged, regulariser = judge_views(judge, views, images, x_hat, layer_weight), sigreg(z, slices)
+    judged = judge_views(judge, views, images, model.decode(z), layer_weight)
+    regulariser = sigreg(z, slices)
     return judged + sigreg_weight * regulariser, {"distance": judged, "sigreg": regulariser}
 
 
 def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, layer_weight=10.0):
     """Return the loss of masked mode (the author's leAutoencoder), a scalar, and its terms by name. What is
-    decoded from `images`, and from `holed`, the same with holes, must match `images` under the judge, and
-    each other. With a layer_weight of 0 a grid lies over faces."""
+    decoded from `images` and from `holed`, the same images with holes, must match `images` under the judge,
+    and each other. At a layer_weight of 0 a grid covers faces."""
     z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # in one call, so that both share a norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
     agreement = distance(judge(x_hat), judge(x_holed))  # without T; gradient flows into both sides
@@ -358,7 +357,7 @@ def generator_for(device, *key):
 
 
 def make_shapes(count=12_000, size=32):
-    """Draw two discs, rings or rectangles an image in grey on black, after the author's toy set; the label is
+    """Draw two discs, rings or rectangles per image, grey on black, after the author's toy set; the label is
     the kind of the front one. Edges are blended in integers: every machine draws the same bytes."""
     generator, inner = torch.Generator().manual_seed(0), (5, size - 5)
     y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
@@ -383,7 +382,7 @@ def read_cifar10(root):
     try:
         train, test = (datasets.CIFAR10(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # no network, a broken archive, a folder that cannot be written, ...
-        raise BadInput(f"--data {root}: put cifar-10-batches-py/ there; no download ({error})") from None
+        raise BadInput(f"--data {root}: download failed ({error}); put cifar-10-batches-py/ there") from None
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
     return images, torch.tensor(train.targets + test.targets), len(test)
 
@@ -493,7 +492,7 @@ def load_data(dataset, root="data", size=0, validation=0):
         classes, labels = labels.unique(return_inverse=True)
         labels = labels if len(classes) > 1 else None  # nothing to tell apart
     end = len(images) - (test_count or max(1, len(images) // 10))  # without a split a tenth is held out
-    need(end > validation, f"--dataset {dataset}: {end} training images, --validation takes {validation}")
+    need(end > validation, f"--dataset {dataset}: --validation {validation} leaves none of {end} images")
     spans = slice(end - validation), slice(end - validation, end) if validation else slice(end, None)
     return [(images[span], None if labels is None else labels[span]) for span in spans]
 
@@ -519,7 +518,7 @@ def variation(images, region):
 
 def fidelity(reconstruct, images, device, holes=None, hidden=False):
     """Score reconstruct(images) against images (N, C, H, W) uint8 -> psnr, of colour images psnr_luma and
-    psnr_chroma (BT.601), ssim, sharpness. holes (N, 4): cut first; scored is what is outside or `hidden`."""
+    psnr_chroma (BT.601), sharpness, ssim. holes (N, 4): cut; all but ssim is outside or, `hidden`, inside."""
     matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     rows = []
     holes = torch.zeros(len(images), 4) if holes is None else holes  # of no size, so that all is visible
@@ -562,13 +561,13 @@ def collect(function, images, device):
 
 @torch.no_grad()
 def evaluate(model, train, test, holes=None, classifier=None):
-    """Measure an Autoencoder in eval mode on pairs from load_data -> a flat dict, explained in README. holes:
-    boxes (N, 4) to cut into test images. classifier: from train_classifier, to measure recognition."""
+    """Measure an Autoencoder in eval mode on pairs from load_data -> a flat dict, explained in README.md.
+    holes: boxes (N, 4) to cut into test images. classifier: from train_classifier, to measure recognition."""
     (images, labels), (test_images, test_labels), device = train, test, next(model.parameters()).device
     codes = collect(model.encode, test_images, device)  # (N, C, h, w)
     sample = images[:: 1 + images.numel() // 2**29].to(device).flatten(1).float() / 255  # at most 2 GB
     mean = sample.mean(dim=0)
-    axes = torch.pca_lowrank(sample, min(codes[0].numel(), *sample.shape), niter=8)[2]  # the default is rough
+    axes = torch.pca_lowrank(sample, min(codes[0].numel(), *sample.shape), niter=8)[2]  # 2 is inaccurate
     shown = {"": lambda x: model.decode(model.encode(x)), "_original": lambda x: x,
              "_pca": lambda x: ((x.flatten(1) - mean) @ axes @ axes.T + mean).view_as(x)}
     results = fidelity(shown[""], test_images, device)
@@ -599,7 +598,7 @@ def evaluate(model, train, test, holes=None, classifier=None):
                 guesses["knn"] = labels[nearest].mode(dim=1).values
             for kind, guess in guesses.items():
                 results[f"{kind}_{name}"] = 100 * (guess == test_labels).double().mean().item()
-    for name, show in shown.items() if classifier else ():
+    for name, show in (shown if classifier else {}).items():
         guess = collect(lambda x: classifier(show(x)).argmax(dim=1).cpu(), test_images, device)
         results["recognition" + name] = 100 * (guess == test_labels).double().mean().item()
     return results | {"code_size": codes[0].numel(), "parameters": sum(w.numel() for w in model.parameters())}
@@ -610,7 +609,7 @@ def train_classifier(images, labels, device, bf16, steps=2000):
     layers, inputs = [nn.AvgPool2d(max(1, images.shape[2] // 64))], images.shape[1]
     for outputs, shrink in ((32, True), (64, True), (128, False), (128, True), (128, False)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] * shrink
+        layers += [nn.MaxPool2d(2)] if shrink else []
         inputs = outputs
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, int(labels.max()) + 1)]
     model = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
@@ -640,7 +639,7 @@ def code_rows(model, images):
     walk[:, :1] = 6 * share - 3
     brush[:, :, edge : 3 * edge, edge : 3 * edge] = z.roll(-1, 0)[:, :, edge : 3 * edge, edge : 3 * edge]
     codes = dict(walk=walk, interpolation=z[0].lerp(z[-1], share), samples=torch.randn_like(z), brush=brush)
-    return {label: model.decode(code) for label, code in codes.items()}
+    return {label: model.decode(code) for label, code in codes.items() if edge or label != "brush"}
 
 
 def save_rows(path, rows):
@@ -659,12 +658,12 @@ def print_table(tables):
     """Print {run: what evaluate returns}, a column for each run, and PCA and originals beside them."""
     pca = dict(psnr="pca_psnr", probe_code="probe_pca", knn_code="knn_pca", recognition="recognition_pca")
     names = dict.fromkeys(name for table in tables.values() for name in table)
-    columns, first = [*tables, "PCA", "originals"], next(iter(tables.values()))
+    one = next(iter(tables.values()))
+    columns = [*tables, f"PCA {one['code_size']}", "originals"]
     print(" " * 16, *(f"{column:>10}" for column in columns))
     for name in [name for name in names if name not in (*pca.values(), "recognition_original")]:
-        values = [table.get(name) for table in tables.values()]
-        values += [first.get(pca.get(name)), first.get(f"{name}_original")]
-        cells = ("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:,.4g}" for v in values)
+        row = [t.get(name) for t in tables.values()] + [one.get(pca.get(name)), one.get(f"{name}_original")]
+        cells = ("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:,.4g}" for v in row)
         print(f"{name:16}", *(f"{cell:>{max(10, len(column))}}" for cell, column in zip(cells, columns)))
 
 
@@ -739,7 +738,7 @@ def train(model, images, config, folder, stored=None, compiled=False):
             optimizer.step()
             if config.judge == "ema":
                 for kept, weight in zip(objective.judge.parameters(), model.encoder.parameters()):
-                    kept.lerp_(weight.detach(), 0.001)
+                    kept.lerp_(weight.detach(), 0.001)  # the average of about 1,000 steps
             terms = {"loss": loss} | terms | {"gradient_norm": norm}
             totals = totals + torch.stack(list(terms.values())).detach()
         row = dict(zip(terms, (totals / count).tolist()))  # waits for the device, once an epoch
@@ -772,7 +771,7 @@ def load_checkpoint(path):
         config = argparse.Namespace(**{name: stored["config"][name] for name in names})
         check(config)
         real = all(w.untyped_storage().nbytes() >= w.nbytes for w in stored["objective"].values())
-        need(real and stored["history"][-1]["images_per_second"] > 0, "its tensors or its history")
+        need(real and stored["history"][-1]["images_per_second"] > 0, "bad tensors or history")
         with torch.device("meta"):
             objective = Objective(Autoencoder(*(vars(config)[name] for name in SHAPE)), config)
         objective.load_state_dict(dict(stored["objective"]), assign=True)  # a copy, which torch may mark
@@ -794,20 +793,20 @@ PRESETS = {  # what a data set changes of the defaults; a path starts from those
     "celeba": dict(transform="crop", width=128, epochs=50, lr=1e-3, batch_size=128, latent_channels=32),
 }
 NUMBERS = {  # flag: default (of the shapes), least, most, help
-    "--size": (0, 0, 4096, "side to resize images to; 0: as they are, of a folder 64, celeba 128"),
+    "--size": (0, 0, 4096, "side to resize images to; 0: as they are, but 64 for a folder, 128 for celeba"),
     "--validation": (0, 0, 10**9, "test on so many of the last training images instead"),
     "--hole": (0.35, 0.001, 0.999, "share of the area that --masked hides"),
     "--mask-ratio": (0.7, 0.001, 1, "share of the pixels, patches or channels that T blackens"),
-    "--layer-weight": (0.0, 0, 1e6, "of the judge's inner activations; with --masked 10"),
+    "--layer-weight": (0.0, 0, 1e6, "weight of the judge's inner activations; 10 with --masked"),
     "--sigreg-weight": (0.03, 0, 1e6, "lambda; halve it when the batch size doubles"),
     "--slices": (64, 1, 10**5, "directions that SIGReg tests in a step"),
     "--width": (32, 1, 4096, "channels after the stem; cifar10 64, celeba 128"),
     "--latent-channels": (8, 1, 4096, "C of a code (C, side/8, side/8); celeba 32"),
     "--latent-dim": (0, 0, 10**6, "numbers of a global code instead; celeba --masked 128"),
     "--epochs": (12, 1, 10**6, "passes over the images; cifar10 15, celeba 50"),
-    "--batch-size": (64, 2, 10**6, "images a step, in each process; cifar10 and celeba 128"),
+    "--batch-size": (64, 2, 10**6, "images per step, in each process; cifar10 and celeba 128"),
     "--lr": (1e-2, 1e-9, 1, "peak learning rate; cifar10 0.003, celeba 0.001"),
-    "--seed": (0, 0, 2**63 - 1, "of the initial weights and all draws"),
+    "--seed": (0, 0, 2**63 - 1, "seed of the initial weights and of all draws"),
 }
 SHAPE = ("channels", "width", "latent_channels", "latent_dim", "size")  # settings that make an Autoencoder
 NOT_SETTINGS = ("data", "device", "compile", "out", "eval", "recognition")  # may change when a run goes on
@@ -816,7 +815,7 @@ NOT_SETTINGS = ("data", "device", "compile", "out", "eval", "recognition")  # ma
 def build_parser():
     """Return the parser of the flags, with the defaults of the shapes."""
     cuda, cpu = torch.cuda.is_available(), getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported() if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: need(False, f"{message}; see --help")
@@ -831,7 +830,7 @@ def build_parser():
     for flag, (default, _, _, text) in NUMBERS.items():
         add(flag, type=type(default), default=default, help=text)
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if fast else "fp32", help="of training")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if fast else "fp32", help="when training")
     add("--compile", action="store_true", help="compile the objective: slow to start, then faster")
     add("--out", metavar="DIR", help="folder to write to, or to go on in; else a new one under runs/")
     add("--eval", nargs="+", metavar="RUN", help="measure runs or checkpoints instead of training")
@@ -865,9 +864,9 @@ def check(args, parser=None):
     if parser:
         need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none; pass cpu")
         mse = args.objective == "mse"
-        idle = {"recognition": 1, "latent_channels": args.latent_dim, "crop": mse or args.transform != "crop"}
+        idle = dict(recognition=True, latent_channels=args.latent_dim, crop=mse or args.transform != "crop")
         idle |= dict.fromkeys(("transform", "judge", "layer_weight", "sigreg_weight", "slices"), mse)
-        idle |= {"hole": not args.masked, "mask_ratio": mse or args.transform in ("none", "crop", "stack")}
+        idle |= dict(hole=not args.masked, mask_ratio=mse or args.transform in ("none", "crop", "stack"))
         if args.eval:  # the runs have their settings; only their data may be others
             idle = dict.fromkeys(vars(args).keys() - {"dataset", "validation", *NOT_SETTINGS}, True)
         for name in idle:
@@ -879,7 +878,7 @@ def open_folder(out, name):
     """Return --out or, without it, the first of runs/NAME, runs/NAME-2, ... that is not there yet."""
     folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
     folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
-    used = [name for name in ("metrics.json", "comparison.png", "log.csv") if (folder / name).exists()]
+    used = [file for file in ("metrics.json", "comparison.png", "log.csv") if (folder / file).exists()]
     unfinished = name != "eval" and (folder / "checkpoint.pt").exists() and "metrics.json" not in used
     need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
     need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
@@ -936,13 +935,13 @@ def train_command(parser, argv):
         images = images.cuda()
     parser.set_defaults(**preset(args, images))
     args = parser.parse_args(argv)
-    check(args, parser)
     args.size = images.shape[2]
-    need(args.batch_size * world <= len(images), f"--batch-size {args.batch_size}: over {len(images)} images")
+    check(args, parser)
+    need(args.batch_size * world <= len(images), f"--batch-size {args.batch_size}: only {len(images)} images")
     config = argparse.Namespace(**{k: value for k, value in vars(args).items() if k not in NOT_SETTINGS})
     stored = load_checkpoint(folder)[2] if (folder / "checkpoint.pt").exists() else None
-    differ = [f"{k} {stored['config'].get(k)}, here {value}" for k, value in vars(config).items()
-              if stored and stored["config"].get(k) != value]
+    old = stored["config"] if stored else vars(config)
+    differ = [f"{k} {old.get(k)}, here {value}" for k, value in vars(config).items() if old.get(k) != value]
     need(not differ, f"--out {folder}: holds a run of other settings ({'; '.join(differ)}); pass another")
     changed = [f"{k} {value}" for k, value in vars(config).items() if value != parser.get_default(k)]
     print(f"{folder}: {len(images):,} images to train on, {len(splits[1][0]):,} to test on;", *changed)
@@ -955,8 +954,9 @@ def train_command(parser, argv):
         if rank == 0:
             report({folder.name: (model.eval(), config, history)}, splits, folder)
     except (SystemExit, OSError):
+        start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
         line = shlex.join(argv if args.out else [*argv, "--out", str(folder)])
-        print(f"\nto resume: python stae.py {line}", file=sys.stderr)
+        print(f"\nto resume: {start} stae.py {line}", file=sys.stdout if rank else sys.stderr)
         raise
 
 
