@@ -395,8 +395,8 @@ def read_npz(path):
             x = np.concatenate([file["x" + end] for end in ends])
             y = np.concatenate([file["y" + end] for end in ends]) if "y" + ends[0] in file else None
             test_count = len(file["x_test"]) if len(ends) == 2 else 0
-    except Exception as error:  # not a zip, no x, shapes that differ: numpy raises many kinds
-        raise BadInput(f"{path}: not an .npz of x_train, y_train, x_test, y_test or x, y ({error})") from None
+    except Exception:  # not a zip, no x, shapes that differ: numpy raises many kinds
+        raise BadInput(f"{path}: not an .npz of x_train, y_train, x_test, y_test or x, y") from None
     fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
     need(fine, f"{path}: its images are {x.dtype} {x.shape}; they must be uint8 (N, H, W, 1 or 3)")
     need(y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu"), f"{path}: y needs {len(x)} integers")
@@ -492,7 +492,7 @@ def load_data(dataset, root="data", size=0, validation=0):
         classes, labels = labels.unique(return_inverse=True)
         labels = labels if len(classes) > 1 else None  # nothing to tell apart
     end = len(images) - (test_count or max(1, len(images) // 10))  # without a split a tenth is held out
-    need(end > validation, f"--dataset {dataset}: --validation {validation} leaves none of {end} images")
+    need(end > validation, f"--dataset {dataset}: {len(images)} images, --validation {validation}: too few")
     spans = slice(end - validation), slice(end - validation, end) if validation else slice(end, None)
     return [(images[span], None if labels is None else labels[span]) for span in spans]
 
@@ -777,7 +777,7 @@ def load_checkpoint(path):
         objective.load_state_dict(dict(stored["objective"]), assign=True)  # a copy, which torch may mark
         return objective.model.float().eval(), config, stored
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise BadInput(f"{path}: not a checkpoint of stae.py ({error})") from None
+        raise BadInput(f"{path}: not a checkpoint of stae.py ({str(error).split('. ')[0]})") from None
 
 
 def load_model(path, device="cpu"):
@@ -857,7 +857,7 @@ def check(args, parser=None):
     for flag, (_, low, high, _) in NUMBERS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         need(low <= value <= high, f"{flag} {value}: must be from {low:,} to {high:,}")
-    need(args.size % 8 == 0 and args.size != 8, f"--size {args.size}: must be divisible by 8, from 16")
+    need(args.size % 8 == 0 and args.size != 8, f"--size {args.size}: the side must divide by 8, from 16")
     need(0 < args.crop[0] <= args.crop[1] <= 1, f"--crop {args.crop}: must be in (0, 1], the smaller first")
     need(args.latent_dim or 8 * args.width % args.latent_channels == 0,
          f"--latent-channels {args.latent_channels}: must divide 8 * --width, {8 * args.width}")
@@ -871,16 +871,16 @@ def check(args, parser=None):
             idle = dict.fromkeys(vars(args).keys() - {"dataset", "validation", *NOT_SETTINGS}, True)
         for name in idle:
             needless = idle[name] and getattr(args, name) != parser.get_default(name)
-            need(not needless, f"--{name.replace('_', '-')}: does nothing here; leave it out")
+            need(not needless, f"--{name.replace('_', '-')}: has no effect with these settings; leave it out")
 
 
 def open_folder(out, name):
     """Return --out or, without it, the first of runs/NAME, runs/NAME-2, ... that is not there yet."""
     folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
     folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
-    used = [file for file in ("metrics.json", "comparison.png", "log.csv") if (folder / file).exists()]
-    unfinished = name != "eval" and (folder / "checkpoint.pt").exists() and "metrics.json" not in used
-    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
+    results = "metrics.json", "comparison.png", "log.csv", "checkpoint.pt"
+    used = [file for file in results if (folder / file).exists()]
+    unfinished = name != "eval" and "checkpoint.pt" in used and "metrics.json" not in used
     need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
     return folder
 
@@ -937,7 +937,7 @@ def train_command(parser, argv):
     args = parser.parse_args(argv)
     args.size = images.shape[2]
     check(args, parser)
-    need(args.batch_size * world <= len(images), f"--batch-size {args.batch_size}: only {len(images)} images")
+    need(args.batch_size * world <= len(images), f"--batch-size {args.batch_size}: over {len(images)} images")
     config = argparse.Namespace(**{k: value for k, value in vars(args).items() if k not in NOT_SETTINGS})
     stored = load_checkpoint(folder)[2] if (folder / "checkpoint.pt").exists() else None
     old = stored["config"] if stored else vars(config)
@@ -969,9 +969,9 @@ def eval_command(parser, argv):
         args = parser.parse_args(argv)
         check(args, parser)
         kinds.add((args.dataset, args.validation, args.size, args.channels))
-    need(len(kinds) == 1, f"--eval: runs of different data, {sorted(kinds)}; pass one --dataset, or fewer")
-    splits, classifier = load_data(args.dataset, args.data, args.size, args.validation), None
-    folder = open_folder(args.out, "eval")
+    need(len(kinds) == 1, f"--eval: runs of different data or sizes, {sorted(kinds)}; pass fewer")
+    folder, classifier = open_folder(args.out, "eval"), None
+    splits = load_data(args.dataset, args.data, args.size, args.validation)
     need(splits[0][0].shape[1] == args.channels, f"--dataset {args.dataset}: needs {args.channels} channels")
     torch.manual_seed(0)
     if args.recognition:
