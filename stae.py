@@ -878,8 +878,8 @@ def open_folder(out, name):
     """Return --out or, without it, the first of runs/NAME, runs/NAME-2, ... that is not there yet."""
     folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
     folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
-    results = "metrics.json", "comparison.png", "log.csv", "checkpoint.pt"
-    used = [file for file in results if (folder / file).exists()]
+    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
+    used = [x for x in "metrics.json comparison.png log.csv checkpoint.pt".split() if (folder / x).exists()]
     unfinished = name != "eval" and "checkpoint.pt" in used and "metrics.json" not in used
     need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
     return folder
