@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,6 @@ from torchvision.transforms import functional as TF
 
 
 # 1. Model: the author's network -----------------------------------------------------------------------------
-
 
 class Down(nn.Module):
     """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions and a weightless skip."""
@@ -124,7 +124,6 @@ class Autoencoder(nn.Module):
 
 
 # 2. SIGReg: are the codes a standard Gaussian? (LeJEPA) -----------------------------------------------------
-
 
 def draw_slices(dimensions, count, generator):
     """Draw `count` directions, uniform on the sphere, as unit columns (dimensions, count)."""
@@ -327,7 +326,6 @@ def mse_loss(model, images, holed=None):
 
 # 5. Data: images uint8 (N, C, S, S), labels (N,) or None, and the size of the test split at the end ---------
 
-
 class BadInput(ValueError):
     """Something the user gave cannot be used. The message is one line that names it and the remedy."""
 
@@ -393,7 +391,7 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             ends = [end for end in ("_train", "_test") if "x" + end in file] or [""]
             x = np.concatenate([file["x" + end] for end in ends])
-            y = np.concatenate([file["y" + end] for end in ends]) if "y" + ends[0] in file else None
+            y = np.concatenate([file["y" + e] for e in ends]) if all("y" + e in file for e in ends) else None
             test_count = len(file["x_test"]) if len(ends) == 2 else 0
     except Exception:  # not a zip, no x, shapes that differ: numpy raises many kinds
         raise BadInput(f"{path}: not an .npz of x_train, y_train, x_test, y_test or x, y") from None
@@ -419,9 +417,10 @@ def read_images(folder, names, size, crop=None):
 
         def decode(index):
             with suppress(Exception):  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
-                image = ImageOps.exif_transpose(Image.open(folder / names[index])).convert("RGB")
-                image = TF.resize(TF.center_crop(image, [crop or min(image.size)] * 2), [size, size])
-                rows[index] = np.asarray(image).transpose(2, 0, 1), True
+                image = ImageOps.exif_transpose(Image.open(folder / names[index]))
+                need(image.mode[0] not in "IF", "16 or 32 bits, which convert() would clip")
+                image = TF.center_crop(image.convert("RGB"), [crop or min(image.size)] * 2)
+                rows[index] = np.asarray(TF.resize(image, [size, size])).transpose(2, 0, 1), True
 
         try:
             with ThreadPoolExecutor() as pool:
@@ -434,7 +433,7 @@ def read_images(folder, names, size, crop=None):
     need(len(lost) < len(names), f"{folder}: none of its {len(names)} images can be read")
     if lost:
         print(f"skipped {len(lost)} of {len(names)} images that cannot be read, the first is {lost[0]}")
-        rows, names = rows[rows["readable"]], [name for name in names if name not in set(lost)]
+        rows, names = rows[rows["readable"]], np.array(names)[rows["readable"]].tolist()
     return torch.from_numpy(rows["image"]), names
 
 
@@ -499,7 +498,6 @@ def load_data(dataset, root="data", size=0, validation=0):
 
 # 6. Evaluation: one function measures a model -> one flat dict; pictures and a table ------------------------
 
-
 def ssim(x, y):
     """Return the structural similarity of (B, C, H, W) in [0, 1], sides from 11, as (B,); 1 for equal images.
     Wang et al. 2004: Gaussian window of 11, sigma 1.5, inside the image; mean over channels and places."""
@@ -516,14 +514,20 @@ def variation(images, region):
     return sum((images.diff(dim=dim).abs() * inside).flatten(1).sum(dim=1) for dim, inside in both)
 
 
+def collect(function, images, device, *more):
+    """Apply function(floats, *rows of more) to images (N, C, H, W) uint8, batch by batch -> (N, ...)."""
+    count = max(1, min(250, 2**20 // images[0, 0].numel()))  # of large images fewer fit into memory
+    parts = zip(*(rows.split(count) for rows in (images, *more)))
+    return torch.cat([function(x.to(device).float() / 255, *rest) for x, *rest in parts])
+
+
 def fidelity(reconstruct, images, device, holes=None, hidden=False):
     """Score reconstruct(images) against images (N, C, H, W) uint8 -> psnr, of colour images psnr_luma and
     psnr_chroma (BT.601), sharpness, ssim. holes (N, 4): cut; all but ssim is outside or, `hidden`, inside."""
     matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-    rows = []
-    holes = torch.zeros(len(images), 4) if holes is None else holes  # of no size, so that all is visible
-    for part, boxes in zip(images.split(250), holes.split(250)):
-        x, boxes = part.to(device).float() / 255, boxes.to(device)
+    holes = (torch.zeros(len(images), 4) if holes is None else holes).to(device)  # of no size: all is visible
+
+    def score(x, boxes):
         region = hole_mask(boxes, x.shape[3]) if hidden else 1 - hole_mask(boxes, x.shape[3])
         x_hat = reconstruct(cut_holes(x, boxes))
         planes = [x_hat - x]
@@ -531,11 +535,12 @@ def fidelity(reconstruct, images, device, holes=None, hidden=False):
             planes += torch.einsum("pc,bchw->bphw", matrix.to(device), x_hat - x).split([1, 2], dim=1)
         squares = [(plane.square() * region).mean(dim=(1, 2, 3)) for plane in planes]
         sharp = variation(x_hat, region), variation(x, region)
-        rows.append(torch.stack([ssim(x, x_hat), *sharp, region.mean(dim=(1, 2, 3)), *squares], dim=1))
-    similarity, sharp, sharp_x, area, *squares = torch.cat(rows).double().mean(dim=0).tolist()
-    decibels = [-10 * math.log10(max(square / area, 1e-12)) for square in squares]
+        return torch.stack([ssim(x, x_hat), *sharp, region.mean(dim=(1, 2, 3)), *squares], dim=1)
+
+    structure, sharp, sharp_x, area, *errors = collect(score, images, device, holes).double().mean(0).tolist()
+    decibels = [-10 * math.log10(max(error / area, 1e-12)) for error in errors]
     result = dict(zip(("psnr", "psnr_luma", "psnr_chroma"), decibels))
-    return result | {"ssim": similarity, "sharpness": sharp / max(sharp_x, 1e-9)}
+    return result | {"ssim": structure, "sharpness": sharp / max(sharp_x, 1e-9)}
 
 
 def min_std(codes):
@@ -554,18 +559,13 @@ def linear_probe(x, labels, test, strength=0.01):
     return (test @ weights + y.mean(dim=0)).argmax(dim=1)
 
 
-def collect(function, images, device):
-    """Apply a function of floats (B, C, H, W) to images (N, C, H, W) uint8, batch by batch -> (N, ...)."""
-    return torch.cat([function(part.to(device).float() / 255) for part in images.split(250)])
-
-
 @torch.no_grad()
 def evaluate(model, train, test, holes=None, classifier=None):
     """Measure an Autoencoder in eval mode on pairs from load_data -> a flat dict, explained in README.md.
     holes: boxes (N, 4) to cut into test images. classifier: from train_classifier, to measure recognition."""
     (images, labels), (test_images, test_labels), device = train, test, next(model.parameters()).device
     codes = collect(model.encode, test_images, device)  # (N, C, h, w)
-    sample = images[:: 1 + images.numel() // 2**29].to(device).flatten(1).float() / 255  # at most 2 GB
+    sample = images[:: 1 + images.numel() // 2**29].to(device).flatten(1).float().div_(255)  # 2 GB at most
     mean = sample.mean(dim=0)
     axes = torch.pca_lowrank(sample, min(codes[0].numel(), *sample.shape), niter=8)[2]  # 2 is inaccurate
     shown = {"": lambda x: model.decode(model.encode(x)), "_original": lambda x: x,
@@ -604,13 +604,11 @@ def evaluate(model, train, test, holes=None, classifier=None):
     return results | {"code_size": codes[0].numel(), "parameters": sum(w.numel() for w in model.parameters())}
 
 
-def train_classifier(images, labels, device, bf16, steps=2000):
+def train_classifier(images, labels, device, precision, steps=2000):
     """Train a small classifier on images (N, C, S, S) uint8 and labels (N,) -> a model with (B, K) scores."""
-    layers, inputs = [nn.AvgPool2d(max(1, images.shape[2] // 64))], images.shape[1]
-    for outputs, shrink in ((32, True), (64, True), (128, False), (128, True), (128, False)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if shrink else []
-        inputs = outputs
+    layers = [nn.AvgPool2d(max(1, images.shape[2] // 64))]
+    for i, o, k in ((images.shape[1], 32, 2), (32, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1)):
+        layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(k)]
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, int(labels.max()) + 1)]
     model = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05, fused=True)
@@ -620,7 +618,7 @@ def train_classifier(images, labels, device, bf16, steps=2000):
         picked = torch.randint(len(images), (250,), generator=generator)
         shift = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
         x = images[picked.to(images.device)].to(device).roll(shift, dims=(2, 3)).float() / 255
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             scores = model(x.flip(3) if step % 2 else x).float()
         loss = F.cross_entropy(scores, labels[picked].to(device), label_smoothing=0.1)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0.01)
@@ -668,7 +666,6 @@ def print_table(tables):
 
 
 # 7. Training: one loop, one checkpoint, on one device or several --------------------------------------------
-
 
 def learning_rate(step, steps, peak):
     """Return the rate of a step: linear warm-up over 100 steps or a tenth, then a cosine to 5 % of peak."""
@@ -762,7 +759,7 @@ def train(model, images, config, folder, stored=None, compiled=False):
 
 def load_checkpoint(path):
     """Read a checkpoint, or a run's folder, from anybody -> the Autoencoder, on the CPU in eval mode; its
-    settings; all that the file holds. A hostile file runs no code and allocates no more than it holds."""
+    settings; all that the file holds. A hostile file runs no code and allocates only what it really fills."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     need(path.is_file(), f"{path}: there is no such checkpoint")
     try:
@@ -814,8 +811,6 @@ NOT_SETTINGS = ("data", "device", "compile", "out", "eval", "recognition")  # ma
 
 def build_parser():
     """Return the parser of the flags, with the defaults of the shapes."""
-    cuda, cpu = torch.cuda.is_available(), getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: need(False, f"{message}; see --help")
@@ -829,8 +824,8 @@ def build_parser():
     add("--judge", choices=JUDGES, default="frozen", help="encoder, detached or not; its EMA; its first copy")
     for flag, (default, _, _, text) in NUMBERS.items():
         add(flag, type=type(default), default=default, help=text)
-    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if fast else "fp32", help="when training")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="in training; bf16 where it is fast")
     add("--compile", action="store_true", help="compile the objective: slow to start, then faster")
     add("--out", metavar="DIR", help="folder to write to, or to go on in; else a new one under runs/")
     add("--eval", nargs="+", metavar="RUN", help="measure runs or checkpoints instead of training")
@@ -842,13 +837,18 @@ def preset(args, images=None):
     """Return what the data set and, once loaded, its training images (N, C, S, S) change of the defaults."""
     row = dict(PRESETS.get(args.dataset, PRESETS["cifar10"]), layer_weight=10.0 if args.masked else 0.0)
     row |= {"latent_dim": 128} if args.dataset == "celeba" and args.masked else {}
+    cuda = args.device == "cuda" and torch.cuda.is_available()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    row["precision"] = "bf16" if fast else "fp32"
     row["processes"] = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is RANK
     if images is not None:
         row |= {"channels": images.shape[1], "size": images.shape[2]}
         row |= {"latent_channels": args.width} if args.latent_dim else {}  # as the author does
         if args.dataset not in PRESETS:  # at least 1,500 steps
             row["batch_size"] = max(2, min(128, len(images) // 8))
-            row["epochs"] = max(15, math.ceil(1500 / max(1, len(images) // row["batch_size"])))
+            steps = len(images) // (row["batch_size"] * row["processes"])
+            row["epochs"] = max(15, math.ceil(1500 / max(1, steps)))
     return row
 
 
@@ -900,8 +900,8 @@ def report(runs, splits, folder, classifier=None):
         x = rows["originals"].to(next(model.parameters()).device)
         rows[label] = model.decode(model.encode(x))
         if config.masked:
-            rows["with holes"] = cut_holes(x, holes[:16].to(x.device))
-            rows[f"{label}, from holes"] = model.decode(model.encode(rows["with holes"]))
+            rows[f"holes of {config.hole:g}"] = holed = cut_holes(x, holes[:16].to(x.device))
+            rows[f"{label}, from holes"] = model.decode(model.encode(holed))
         rows |= code_rows(model, x) if len(runs) == 1 else {}
     save_rows(folder / "comparison.png", rows)
     print_table(tables)
@@ -923,7 +923,7 @@ def train_command(parser, argv):
     if world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=1))
     if rank:
         sys.stdout = open(os.devnull, "w")
         distributed.barrier()  # until the first process has downloaded and decoded
@@ -953,7 +953,7 @@ def train_command(parser, argv):
         history = train(model, images, config, folder, stored, args.compile)
         if rank == 0:
             report({folder.name: (model.eval(), config, history)}, splits, folder)
-    except (SystemExit, OSError):
+    except (SystemExit, OSError, RuntimeError):  # RuntimeError: out of memory, or no room for a checkpoint
         start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
         line = shlex.join(argv if args.out else [*argv, "--out", str(folder)])
         print(f"\nto resume: {start} stae.py {line}", file=sys.stdout if rank else sys.stderr)
@@ -976,7 +976,7 @@ def eval_command(parser, argv):
     torch.manual_seed(0)
     if args.recognition:
         need(splits[0][1] is not None, f"--recognition: {args.dataset} has no labels; leave it out")
-        classifier = train_classifier(*splits[0], torch.device(args.device), args.precision == "bf16")
+        classifier = train_classifier(*splits[0], torch.device(args.device), preset(args)["precision"])
     folder.mkdir(parents=True, exist_ok=True)
     report({path: (model.to(args.device), config, stored["history"])
             for path, (model, config, stored) in loaded.items()}, splits, folder, classifier)
