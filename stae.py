@@ -409,26 +409,26 @@ def read_images(folder, names, size, crop=None):
     folder = Path(os.path.abspath(folder))
     stats = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(folder / name)]]
     stamp = hashlib.sha256(repr((crop, stats)).encode()).hexdigest()[:8]
-    cache = folder.parent / f"{folder.name}.stae-{size}-{stamp}.npy"
+    cache = folder.parent / f"{folder.name}.stae-{size}-{stamp}.cache"
+    row = np.dtype([("image", np.uint8, (3, size, size)), ("readable", np.bool_)])
+
+    def decode(name):
+        with suppress(Exception):  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
+            image = ImageOps.exif_transpose(Image.open(folder / name))
+            need(image.mode[0] not in "IF", "16 or 32 bits, which convert() would clip")
+            image = TF.center_crop(image.convert("RGB"), [crop or min(image.size)] * 2)
+            return np.asarray(TF.resize(image, [size, size])).transpose(2, 0, 1).tobytes() + b"\1"
+        return bytes(row.itemsize)  # black, and not readable
+
     if not cache.exists():
         temporary = Path(f"{cache}.{os.getpid()}.tmp")  # another process may be decoding the same folder
-        row = [("image", np.uint8, (3, size, size)), ("readable", np.bool_)]
-        rows = np.lib.format.open_memmap(temporary, "w+", row, (len(names),))
-
-        def decode(index):
-            with suppress(Exception):  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
-                image = ImageOps.exif_transpose(Image.open(folder / names[index]))
-                need(image.mode[0] not in "IF", "16 or 32 bits, which convert() would clip")
-                image = TF.center_crop(image.convert("RGB"), [crop or min(image.size)] * 2)
-                rows[index] = np.asarray(TF.resize(image, [size, size])).transpose(2, 0, 1), True
-
         try:
-            with ThreadPoolExecutor() as pool:
-                list(progress(pool.map(decode, range(len(names))), len(names), lambda: "decoding"))
+            with ThreadPoolExecutor() as pool, open(temporary, "wb") as file:
+                file.writelines(progress(pool.map(decode, names), len(names), lambda: "decoding"))
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
-    rows = np.load(cache, mmap_mode="c")  # copy on write: torch warns of a read-only array
+    rows = np.memmap(cache, row, "c")  # copy on write: torch warns of a read-only array
     lost = [name for name, readable in zip(names, rows["readable"]) if not readable]
     need(len(lost) < len(names), f"{folder}: none of its {len(names)} images can be read")
     if lost:

@@ -428,7 +428,7 @@ def test_a_folder_is_decoded_again_only_after_a_change(tmp_path, monkeypatch, ch
     assert new_train | new_test == ({*range(30)} - {gone}) | painted
     assert len(test - new_test) <= 1  # a new file moves hardly any other
     assert len(opened) == {"nothing": 0, "added": 31, "removed": 29}.get(change, 30)
-    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".npy"}  # no temporary file stays
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".cache"}  # no temporary file stays
 
 
 def test_celeba_is_split_by_number_and_cut_to_its_centre(tmp_path):
@@ -847,13 +847,13 @@ CHECKPOINTS = "code keys lacking word wide shape extra spread half text".split()
     *(f"--eval {name}.pt --precision fp32" for name in CHECKPOINTS)])
 def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(bad, monkeypatch, capsys, flags):
     monkeypatch.chdir(bad)
-    before = sorted(path for path in bad.rglob("*") if path.suffix != ".npy")  # images decoded may stay
+    before = sorted(path for path in bad.rglob("*") if path.suffix != ".cache")  # images decoded may stay
     assert run(f"{flags} --device cpu" if "--eval" in flags else f"{TINY} {flags}") == 2
     error = capsys.readouterr().err
     assert error.startswith("stae.py: error: ") and error.count("\n") == 1
     words = [word for word in flags.split() if word not in ("--dataset", "--eval", "--precision")]
     assert any(word in error for word in words if not word[0].isdecimal())
-    assert sorted(path for path in bad.rglob("*") if path.suffix != ".npy") == before
+    assert sorted(path for path in bad.rglob("*") if path.suffix != ".cache") == before
 
 
 @pytest.mark.parametrize("name, lines", [("stae.py", 1000), ("test_stae.py", 900)])
