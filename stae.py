@@ -834,7 +834,7 @@ def build_parser():
 
 
 def preset(args, images=None):
-    """Return what the data set and, once loaded, its training images (N, C, S, S) change of the defaults."""
+    """Return what the data, the machine and, once loaded, the images (N, C, S, S) change of the defaults."""
     row = dict(PRESETS.get(args.dataset, PRESETS["cifar10"]), layer_weight=10.0 if args.masked else 0.0)
     row |= {"latent_dim": 128} if args.dataset == "celeba" and args.masked else {}
     cuda = args.device == "cuda" and torch.cuda.is_available()
