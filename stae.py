@@ -814,7 +814,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: need(False, f"{message}; see --help")
-    add = parser.add_argument
+    add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--dataset", default="shapes", help="shapes, cifar10, celeba, a folder of images, or an .npz")
     add("--data", default="data", metavar="DIR", help="where cifar10 and celeba are, or are downloaded to")
     add("--objective", choices=("stae", "mse"), default="stae", help="mse: the plain autoencoder")
@@ -824,7 +824,7 @@ def build_parser():
     add("--judge", choices=JUDGES, default="frozen", help="encoder, detached or not; its EMA; its first copy")
     for flag, (default, _, _, text) in NUMBERS.items():
         add(flag, type=type(default), default=default, help=text)
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="in training; bf16 where it is fast")
     add("--compile", action="store_true", help="compile the objective: slow to start, then faster")
     add("--out", metavar="DIR", help="folder to write to, or to go on in; else a new one under runs/")
