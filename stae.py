@@ -307,7 +307,7 @@ def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_wei
 def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, layer_weight=10.0):
     """Return the loss of masked mode (the author's leAutoencoder), a scalar, and its terms by name. What is
     decoded from `images` and from `holed`, the same images with holes, must match `images` under the judge,
-    and each other. At a layer_weight of 0 a grid covers faces."""
+    and each other. At a layer_weight of 0 faces are worse."""
     z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # in one call, so that both share a norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
     agreement = distance(judge(x_hat), judge(x_holed))  # without T; gradient flows into both sides
