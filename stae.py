@@ -1,6 +1,6 @@
-"""Self-Teaching Autoencoder (STAE): it learns to reconstruct images without any reconstruction loss.
+"""Self-Teaching Autoencoder (STAE): learn to reconstruct images without a reconstruction loss.
 
-    python stae.py                                       # drawn shapes: no download, no GPU, two minutes
+    python stae.py                                       # drawn shapes: no download, no GPU
     python stae.py --dataset cifar10 --transform crop    # CIFAR-10, downloaded at the first run
     python stae.py --dataset cifar10 --objective mse     # the baseline: same network and schedule
     python stae.py --dataset celeba --masked             # faces with a hole in them, completed
@@ -11,44 +11,55 @@ The method is sections 1 to 4, which import torch alone:
     z = E(x), x_hat = D(z)                               # encoder and decoder
     loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: the same random crop or mask for both
 
-The judge J is the encoder itself, its weights constants for the step, or it would learn to overlook errors:
-gradient reaches the decoder through x_hat, and the encoder only through its code z. No pixel of x_hat is ever
-compared with one of x. SIGReg pulls the codes towards N(0, I), against collapse. Without T the pair may end
-in a private language: images that mean the same to the encoder and look wrong to us.
+The judge J is the encoder itself. Its weights are constants for the step, or it would learn to
+overlook errors: gradient reaches the decoder through x_hat, and the encoder only through z. No
+pixel of x_hat is ever compared with one of x. SIGReg pulls the codes towards N(0, I), so that they
+do not collapse. Without T the pair may end in a private language: images that mean the same to the
+encoder and look wrong to us. One training step:
 
-From the author: objective, network, transformations, masked mode, frozen judge. Matteo Peluso, "Self-Teaching
-    Autoencoder", 2026, https://github.com/the-puzzler/leautoencoder
+    transform = draw_transform("crop", images.shape, generator)
+    slices = draw_slices(8, 16, generator)  # for codes of 8 channels
+    loss, terms = stae_loss(model, images, transform, slices, freeze(model.encoder))
+    loss.backward()
+    optimizer.step()
+
+From Matteo Peluso ("the author" below): the objective, the network, the transformations, masked
+    mode, the frozen judge. "Self-Teaching Autoencoder", 2026,
+    https://github.com/the-puzzler/leautoencoder
 From LeJEPA: SIGReg. Balestriero and LeCun, arXiv 2511.08544, 2025.
-Ours: the other judges, inner activations, the scale of d, the norm, larger crops, training, evaluation.
+Ours: larger crops, mirrored and turned; the scale of d; the norm of the code; inner activations;
+    training and evaluation. README.md has a table of what differs, with the author's values.
 """
+
 import argparse
-import copy
+import csv
 import hashlib
 import json
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import distributed, nn
 from torchvision import datasets, utils
 from torchvision.transforms import functional as TF
 
 
-# 1. Model: the author's network -----------------------------------------------------------------------------
+# 1. Model: the author's network -------------------------------------------------------------------
+
 
 class Down(nn.Module):
-    """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions and a weightless skip."""
+    """Halve the side, (B, i, h, w) -> (B, o, h/2, w/2): two 3x3 convolutions, a weightless skip."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -56,12 +67,14 @@ class Down(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
 
     def forward(self, x):
-        skip = F.pixel_unshuffle(x, 2).unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)
-        return F.silu(skip + self.conv2(F.silu(self.conv1(x))))
+        squares = F.pixel_unshuffle(x, 2)  # (B, 4i, h/2, w/2); averaged in groups to o channels
+        skip = squares.unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)
+        # In this order: the first operand decides the memory layout, and skip is not channels_last
+        return F.silu(self.conv2(F.silu(self.conv1(x))) + skip)
 
 
 class Up(nn.Module):
-    """Double the side, (B, i, h, w) -> (B, o, 2h, 2w): nearest, then two 3x3 convolutions beside a 1x1."""
+    """Double the side, (B, i, h, w) -> (B, o, 2h, 2w): two 3x3 convolutions and a 1x1 skip."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -75,8 +88,9 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or (B, n, 1, 1), then two
-    inner activations. The norm of the code is kept apart: transformed images must not move its averages."""
+    """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or
+    (B, n, 1, 1), then inner activations (B, 2w, H/4, W/4); not those of the stem, which are nearly
+    a linear image of the pixels. The norm of the code is in Autoencoder: it sees whole images."""
 
     def __init__(self, channels, width, latent_channels, latent_dim=0, size=32):
         super().__init__()
@@ -85,249 +99,344 @@ class Encoder(nn.Module):
         self.down2 = Down(2 * width, latent_channels)
         self.head = nn.Identity()
         if latent_dim:
-            flat = nn.Linear(latent_channels * (size // 8) ** 2, latent_dim)
-            self.head = nn.Sequential(nn.Flatten(), flat, nn.Unflatten(1, (latent_dim, 1, 1)))
+            linear = nn.Linear(latent_channels * (size // 8) ** 2, latent_dim)
+            self.head = nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, (latent_dim, 1, 1)))
 
     def forward(self, images):
         stem = F.silu(self.stem(images))  # (B, w, H/2, W/2)
         middle = self.down1(stem)  # (B, 2w, H/4, W/4)
-        return [self.head(self.down2(middle)), stem, middle]
+        return [self.head(self.down2(middle)), middle]
 
 
 class Autoencoder(nn.Module):
-    """Encoder, norm of the code and decoder for images (B, channels, H, W) in [0, 1], sides divisible by 8.
-    width: w, the channels after the stem. latent_channels: C of the code (B, C, H/8, W/8); must divide 8w.
-    latent_dim: n, for a global code (B, n, 1, 1) of images of side `size`; the author sets C = w there.
-    The losses of section 4 take any model with these three:
-        model.encode(images) -> code (B, D) or (B, C, h, w), about mean 0 and variance 1 in each channel
-        model.decode(code) -> images in [0, 1], of the input's shape
-        model.encoder(images) -> what is judged: (B, D) or (B, C, h, w), or a list of such, features first"""
+    """Encoder, norm of the code, decoder: images (B, channels, 8a, 8b) in [0, 1], a and b integers.
+
+    width: w, the channels after the stem. latent_channels: C of a code (B, C, H/8, W/8); it must
+    divide 8w. latent_dim: n, for a global code (B, n, 1, 1) of images of side `size` instead."""
 
     def __init__(self, channels=3, width=64, latent_channels=8, latent_dim=0, size=32):
         super().__init__()
+        self.size = size
         self.encoder = Encoder(channels, width, latent_channels, latent_dim, size)
-        self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False)  # a scale would fight SIGReg
+        # Not affine: a learned scale would fight SIGReg. New features have a variance of about 1e-5
+        self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False, eps=1e-8)
         layers = [Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)]
         if latent_dim:
-            flat = nn.Linear(latent_dim, latent_channels * (size // 8) ** 2)
-            spatial = nn.Unflatten(1, (latent_channels, size // 8, size // 8))
-            layers = [nn.Flatten(), flat, spatial, nn.SiLU(), *layers]
+            side = size // 8
+            linear = nn.Linear(latent_dim, latent_channels * side**2)
+            spatial = nn.Unflatten(1, (latent_channels, side, side))
+            layers = [nn.Flatten(), linear, spatial, nn.SiLU(), *layers]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
 
     def encode(self, images):
-        """Return the code (B, C, H/8, W/8) or (B, n, 1, 1), float32, mean 0 and deviation 1 per channel."""
-        return self.norm(self.encoder(images)[0].float())
+        """Return the code, with mean 0 and deviation 1 in each channel; float32 under autocast."""
+        return self.norm(self.encoder(images)[0].to(self.norm.running_mean.dtype))
 
     def decode(self, code):
-        """Return images (B, channels, H, W) in [0, 1], float32 under autocast too."""
-        return self.decoder(code).float().sigmoid()
+        """Return images (B, channels, H, W) in [0, 1], of the code's type under autocast too."""
+        return self.decoder(code).to(code.dtype).sigmoid()
 
 
-# 2. SIGReg: are the codes a standard Gaussian? (LeJEPA) -----------------------------------------------------
+# 2. SIGReg: are the codes a standard Gaussian? (LeJEPA) -------------------------------------------
+
 
 def draw_slices(dimensions, count, generator):
     """Draw `count` directions, uniform on the sphere, as unit columns (dimensions, count)."""
-    return F.normalize(torch.randn(dimensions, count, device=generator.device, generator=generator), dim=0)
+    slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
+    return F.normalize(slices, dim=0)
 
 
 def sigreg(codes, slices, knots=17, t_max=3.0):
-    """Return the Epps-Pulley statistic of codes (N, D) or (N, D, h, w) along slices (D, M), a scalar >= 0.
-    Along each slice the characteristic function of the N projected codes is compared with exp(-t^2/2), that
-    of a standard Gaussian: N times the integral over [-t_max, t_max] of the squared gap times exp(-t^2/2).
-    Mean over slices, and over positions of a spatial code. N(0, I) gives 1.05 on average, for any N and D.
-    A fixed mismatch grows with N: twice the batch wants half of the weight in a loss."""
-    with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small differences of means
-        codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, P, D), P positions
-        projected = (codes @ slices).flatten(1)  # (N, P * M)
+    """Return the Epps-Pulley statistic of codes (N, D) or (N, D, h, w) along slices (D, M).
+
+    Along each slice the characteristic function of the N projected codes is compared with
+    exp(-t^2/2), that of a standard Gaussian: N times the integral over [-t_max, t_max] of the
+    squared gap times exp(-t^2/2). Mean over slices, and over the places of a spatial code.
+    N(0, I) gives 1.05 on average, for any N and D. A fixed mismatch grows with N, so twice the
+    batch wants half of the weight in a loss. Other shapes are a ValueError."""
+    if codes.dim() not in (2, 4) or codes.shape[1] != len(slices):
+        raise ValueError(
+            f"codes {tuple(codes.shape)}: need (N, D) or (N, D, h, w), D {len(slices)}"
+        )
+    with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small gaps
+        codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, places, D)
+        projected = (codes @ slices.float()).flatten(1)  # (N, places * M)
         t = torch.linspace(0, t_max, knots, device=codes.device)[:, None]
-        gaussian = torch.exp(-t.square() / 2)
-        angles = [pair[:, None] * projected for pair in t.split(2)]  # (2, N, P * M) each: fits a CPU's cache
-        cos, sin = (torch.cat([f(angle).mean(dim=1) for angle in angles]) for f in (torch.cos, torch.sin))
-        gap = (cos - gaussian).square() + sin.square()  # (knots, P * M)
+        gaussian = torch.exp(-t.square() / 2)  # (knots, 1)
+        angles = t[:, None] * projected  # (knots, N, places * M)
+        real, imaginary = angles.cos().mean(dim=1), angles.sin().mean(dim=1)
+        gap = (real - gaussian).square() + imaginary.square()  # (knots, places * M)
+        # The integrand is even: twice the integral over [0, t_max]
         return len(codes) * torch.trapezoid(2 * gap * gaussian, t, dim=0).mean()
 
 
-# 3. Transforms: T, drawn once per image and step, the same for x and x_hat. The kinds are the author's
+# 3. Transforms: T, drawn once per image and step, the same for x and x_hat. The author's kinds ----
 
 TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
-FILTERS = ("blur", "colour", "edges", "residual", "contrast")  # the views of "stack" beside the full image
 
 
-def draw_boxes(shape, generator, smallest, largest):
-    """Draw a box in each image of `shape` (B, C, H, W) -> (B, 4) int64 (top, left, height, width) in pixels.
-    Its share of the side is log-uniform in [smallest, largest], at least one pixel; its corner is uniform."""
-    uniform, *place = torch.rand(shape[0], 3, device=generator.device, generator=generator).unbind(dim=1)
-    share = smallest * (largest / smallest) ** uniform
-    sides = [(share * size).round().clamp(min=1) for size in shape[2:]]  # heights, widths: (B,) each
-    corners = [(u * (size - side + 1)).floor() for u, size, side in zip(place, shape[2:], sides)]
-    return torch.stack((*corners, *sides), dim=1).long()
+def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7, turn=False):
+    """Draw T for images of `shape` (B, C, H, W) -> [(weight, function of images)], sum 1.
 
-
-def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7):
-    """Draw all that is random in T for images of `shape` (B, C, H, W), on the generator's device.
-    crop: boxes (B, 4). pixel, patch (4x4): a mask (B, 1, H, W) with exactly round(mask_ratio * places) zeros.
-    channel: a mask (B, C, 1, 1), each channel 0 with probability mask_ratio. none, stack: None. Raises
-    ValueError for another name, and for a crop_range or mask_ratio outside of (0, 1]."""
+    crop: a box of crop_range of the side, enlarged to full size and, if turn, mirrored and turned.
+    pixel, patch (4x4): round(mask_ratio * places) of them black, the same in all channels.
+    channel: each black with probability mask_ratio. stack: the whole image and five filters of it;
+    nothing is random. Another name or a share that is none is a ValueError."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
     if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio <= 1):
-        raise ValueError(f"crop_range {crop_range}, mask_ratio {mask_ratio}: must lie in (0, 1], in order")
-    if name in ("none", "stack", "crop"):
-        return draw_boxes(shape, generator, *crop_range) if name == "crop" else None
+        raise ValueError(f"crop_range {crop_range}, mask_ratio {mask_ratio}: shares are in (0, 1]")
+    if name == "none":
+        return [(1.0, lambda x: x)]
+    if name == "stack":
+        filters = [blur, boost_colour, find_edges, high_pass, local_contrast]
+        return [(0.5, lambda x: x)] + [(0.1, function) for function in filters]
+    if name == "crop":
+        boxes = draw_boxes(shape, generator, *crop_range)
+        if not turn:
+            return [(1.0, lambda x: crop(x, boxes))]
+        # A judge without a preferred direction is blind to less, as in E-LPIPS, arXiv 1906.03973
+        kinds = 8 if shape[2] == shape[3] else 4
+        symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
+        return [(1.0, lambda x: apply_symmetries(crop(x, boxes), symmetries))]
     if name == "channel":
         uniform = torch.rand(*shape[:2], 1, 1, device=generator.device, generator=generator)
-        return (uniform >= mask_ratio).float()
-    cell = 4 if name == "patch" else 1
+        keep = (uniform >= mask_ratio).float()
+    else:
+        keep = draw_mask(shape, generator, mask_ratio, cell=4 if name == "patch" else 1)
+    return [(1.0, lambda x: x * keep)]
+
+
+def draw_mask(shape, generator, ratio, cell):
+    """Draw a mask (B, 1, H, W): 0 in exactly round(ratio * count) of its cell x cell squares."""
     rows, columns = shape[2] // cell, shape[3] // cell
-    uniform = torch.rand(shape[0], rows * columns, device=generator.device, generator=generator)
-    keep = uniform.argsort(dim=1).view(-1, 1, rows, columns) >= round(mask_ratio * rows * columns)
-    return keep.float().repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
+    count = rows * columns
+    uniform = torch.rand(shape[0], count, device=generator.device, generator=generator)
+    # Ranks of random numbers: so many of them are below a limit, whatever was drawn
+    keep = uniform.argsort(dim=1) >= round(ratio * count)
+    keep = keep.view(-1, 1, rows, columns).float()
+    return keep.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
 
-def views(name, drawn):
-    """Return T as [(weight, function of images)], given what draw_transform drew. The weights sum to 1: one
-    view, or for "stack" the full image at 1/2 and five filters of it at 1/10 each."""
-    if name == "stack":
-        return [(0.5, lambda x: x)] + [(0.1, lambda x, kind=kind: apply_filter(kind, x)) for kind in FILTERS]
-    if name == "crop":
-        return [(1.0, lambda x: crop(x, drawn))]
-    return [(1.0, lambda x: x if drawn is None else x * drawn)]
+def draw_boxes(shape, generator, smallest, largest):
+    """Draw a box in each image of `shape` (B, C, H, W) -> (B, 4) int64: top, left, height, width.
+    Its share of the side is log-uniform in [smallest, largest]; its place is uniform."""
+    uniform = torch.rand(shape[0], 3, device=generator.device, generator=generator)
+    share = smallest * (largest / smallest) ** uniform[:, 0]
+    height = (share * shape[2]).round().clamp(min=1)
+    width = (share * shape[3]).round().clamp(min=1)
+    top = (uniform[:, 1] * (shape[2] - height + 1)).floor()
+    left = (uniform[:, 2] * (shape[3] - width + 1)).floor()
+    return torch.stack((top, left, height, width), dim=1).long()
 
 
 def crop(images, boxes):
-    """Cut a box (B, 4) out of each image (B, C, H, W) and enlarge it to full size, all in one grid_sample.
-    The result is that of slicing each box, then F.interpolate(mode="bilinear")."""
-    axes = []
-    for axis in (0, 1):
-        size, start, extent = images.shape[2 + axis], boxes[:, axis, None], boxes[:, 2 + axis, None]
-        place = (torch.arange(size, device=images.device) + 0.5) * extent / size - 0.5  # (B, size)
-        pixel = start + place.clamp(min=0).minimum(extent - 1.0)  # nothing from outside the box bleeds in
-        axes.append((2 * pixel + 1) / size - 1)  # grid_sample counts from -1 to 1
-    grid = torch.broadcast_tensors(axes[1][:, None, :], axes[0][:, :, None])  # x and y, (B, H, W) each
-    return F.grid_sample(images, torch.stack(grid, dim=3), padding_mode="border", align_corners=False)
+    """Cut a box (B, 4) out of each image (B, C, H, W) and enlarge it to full size: what slicing and
+    F.interpolate(mode="bilinear") give, for all images at once."""
+
+    def places(start, extent, size):  # where the pixels of the result lie, in [-1, 1] of the image
+        inside = (torch.arange(size, device=images.device) + 0.5) * extent[:, None] / size - 0.5
+        inside = inside.clamp(min=0).minimum(extent[:, None] - 1.0)  # nothing outside bleeds in
+        return (2 * (start[:, None] + inside) + 1) / size - 1  # (B, size)
+
+    top, left, height, width = boxes.unbind(dim=1)
+    y = places(top, height, images.shape[2])
+    x = places(left, width, images.shape[3])
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
+    return F.grid_sample(images, grid.to(images), padding_mode="border", align_corners=False)
 
 
-def blur(images, side):
+def apply_symmetries(images, symmetries):
+    """Mirror and turn images (B, C, H, W) by symmetries (B,): 0 to 7, or to 3 where H is not W."""
+    bits = [(symmetries >> bit & 1).bool()[:, None, None, None] for bit in range(3)]
+    images = torch.where(bits[0], images.flip(3), images)
+    images = torch.where(bits[1], images.flip(2), images)
+    square = images.shape[2] == images.shape[3]
+    return torch.where(bits[2], images.mT, images) if square else images
+
+
+def blur(images, side=11):
     """Average over an odd window; at the border, over its part inside the image."""
     return F.avg_pool2d(images, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
-def apply_filter(kind, images):
-    """Return one of FILTERS of images (B, C, H, W) in [0, 1], the same shape and range."""
-    if kind == "blur":
-        return blur(images, 11)
+def boost_colour(images):
+    """Raise saturation, then contrast."""
     grey = images.mean(dim=1, keepdim=True)
-    if kind == "colour":  # saturation, then contrast
-        vivid = (grey + 1.8 * (images - grey)).clamp(0, 1)
-        mean = vivid.mean(dim=(1, 2, 3), keepdim=True)
-        return (mean + 1.4 * (vivid - mean)).clamp(0, 1)
-    strength = images - blur(images, 5)  # what "residual" and "contrast" show
-    if kind == "edges":
-        slope = torch.arange(-1, 2, dtype=images.dtype, device=images.device)
-        sobel = torch.outer(2 - slope.abs(), slope)  # [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
-        with torch.autocast(images.device.type, enabled=False):
-            slopes = F.conv2d(grey, torch.stack((sobel, sobel.T))[:, None], padding=1)  # (B, 2, H, W)
-        strength = (slopes.square().sum(dim=1, keepdim=True) + 1e-12).sqrt().expand_as(images)
-    if kind == "contrast":
-        strength = strength / (blur(strength.square(), 5) + 1e-4).sqrt()
-    strength = strength / (strength.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-6)
-    return (1 + strength) / 2 if kind == "contrast" else strength.abs()
+    vivid = (grey + 1.8 * (images - grey)).clamp(0, 1)
+    mean = vivid.mean(dim=(1, 2, 3), keepdim=True)
+    return (mean + 1.4 * (vivid - mean)).clamp(0, 1)
+
+
+def find_edges(images):
+    """Return the magnitude of the Sobel gradient of the grey image, in each channel."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
+    kernels = torch.stack((sobel, sobel.T))[:, None]  # (2, 1, 3, 3)
+    # Borders are replicated: beside black, the border would be the strongest edge of every image
+    grey = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    with torch.autocast(images.device.type, enabled=False):
+        slopes = F.conv2d(grey.float(), kernels)  # (B, 2, H, W)
+    edges = (slopes.square().sum(dim=1, keepdim=True) + 1e-4).sqrt() - 1e-2  # not steep at 0
+    return scale_to_one(edges.expand_as(images))
+
+
+def high_pass(images):
+    """Return the magnitude of what a blur takes away."""
+    return scale_to_one(images - blur(images, 5)).abs()
+
+
+def local_contrast(images):
+    """Divide what a blur takes away by its local deviation; 0.5 is none."""
+    residual = images - blur(images, 5)
+    return (1 + scale_to_one(residual / (blur(residual.square(), 5) + 1e-4).sqrt())) / 2
+
+
+def scale_to_one(images):
+    """Divide each image by its largest magnitude. 0.01 keeps the noise of flat images small."""
+    return images / (images.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-2)
 
 
 def draw_holes(shape, generator, ratio=0.35):
-    """Draw a square hole in each image of `shape` (B, C, S, S) -> boxes (B, 4), of the share `ratio` of the
-    area: the side is round(sqrt(ratio) * S), from 1 to S - 1. Raises ValueError unless 0 < ratio < 1."""
+    """Draw a hole in each image of `shape` (B, C, H, W) -> boxes (B, 4). It takes the share `ratio`
+    of the area: its sides are round(sqrt(ratio) * H) and so on, of one pixel to all but one."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio}: a hole's share of the area must lie between 0 and 1")
-    side = min(ratio**0.5, 1 - 1 / shape[2])
+    side = min(ratio**0.5, 1 - 1 / min(shape[2:]))
     return draw_boxes(shape, generator, side, side)
 
 
-def hole_mask(holes, size):
-    """Turn boxes (B, 4) in images of side `size` into (B, 1, size, size) float, 1 inside and 0 outside."""
-    place = torch.arange(size, device=holes.device) - holes[:, :2, None]  # (B, 2, size), from the corner
-    y, x = ((place >= 0) & (place < holes[:, 2:, None])).float().unbind(dim=1)  # (B, size) each
-    return (y[:, :, None] * x[:, None, :])[:, None]
+def hole_mask(holes, images):
+    """Turn boxes (B, 4) in images (B, C, H, W) into (B, 1, H, W), 1 inside and 0 outside."""
+    top, left, height, width = holes[:, :, None].unbind(dim=1)  # (B, 1) each
+    row = torch.arange(images.shape[2], device=holes.device)
+    column = torch.arange(images.shape[3], device=holes.device)
+    y = (row >= top) & (row < top + height)  # (B, H)
+    x = (column >= left) & (column < left + width)  # (B, W)
+    return (y[:, None, :, None] & x[:, None, None, :]).to(images.dtype)
 
 
 def cut_holes(images, holes):
-    """Fill the holes (B, 4) of images (B, C, S, S) with the mean colour of the whole image, hidden pixels
-    included, as the author does."""
-    return images.lerp(images.mean(dim=(2, 3), keepdim=True), hole_mask(holes, images.shape[3]))
+    """Fill the holes (B, 4) of images (B, C, H, W) with the mean colour of the whole image, hidden
+    pixels included, as the author does."""
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    return images.lerp(mean, hole_mask(holes, images))
 
 
-# 4. Objective: functions of a model, a batch and what was drawn. A judge maps images to features ------------
-
-JUDGES = ("frozen", "live", "ema", "random")  # freeze(encoder); encoder; slow average; first copy
+# 4. Objective: losses of images, of what was drawn, and of any model that has these three ---------
+#     model.encode(images) -> code (B, D) or (B, C, h, w), of about N(0, 1) in each channel
+#     model.decode(code) -> images in [0, 1], of the input's shape
+#     model.encoder(images) -> what is judged: features like a code, or a list of these and of inner
+#         activations. A judge is any function of images that returns the same
 
 
 def freeze(encoder):
-    """Return the encoder as a judge whose weights are constants: gradient reaches only its input. The running
-    statistics of a BatchNorm inside a foreign encoder stay as they are."""
+    """Return the encoder as a judge: a fixed function; gradient passes through it to its input.
+
+    It runs in eval mode, so that a BatchNorm or a dropout of a foreign encoder does the same to
+    both images. Make it anew in each step: it has no weights of its own and follows the encoder's.
+    Activation checkpointing inside of the encoder must be use_reentrant=False."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
+    # Copies, since a later call in train mode moves averages that the backward pass still needs
     constants |= {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-    return lambda images: torch.func.functional_call(encoder, constants, images)
+
+    def judge(images):
+        modes = [module.training for module in encoder.modules()]
+        encoder.eval()
+        try:
+            return torch.func.functional_call(encoder, constants, images)
+        finally:
+            for module, mode in zip(encoder.modules(), modes):
+                module.training = mode
+
+    return judge
 
 
 def distance(target, seen, layer_weight=0.0):
-    """Return d, how far what the judge sees in x_hat is from what it sees in x, as a scalar in float32.
-    target, seen: features (B, D) or (B, C, h, w), or a list of these and of inner activations. Features: mean
-    of ((seen - target) / (s + 1e-3))^2, s the target's deviation per channel over batch and positions. (The
-    author scales both sides by their own batch, which hides a shift common to it.) layer_weight (ours)
-    times a sum over inner activations is added, of mean((seen - target)^2) / (variance + 1e-4)."""
-    target, seen = ([x.float() for x in ([s] if torch.is_tensor(s) else s)] for s in (target, seen))
+    """Return d, how far what the judge sees in x_hat is from what it sees in x, in float32.
+
+    target, seen: features (B, D), B > 1, or (B, C, h, w), or a list of these and of inner
+    activations. Features: mean of (seen - target)^2 / v, v the target's variance per channel over
+    batch and places. (The author scales both sides by their own batch, which hides a shift common
+    to all of its images.) layer_weight (ours) times a sum over inner activations is added, of
+    mean((seen - target)^2) / (variance of the target). Other shapes are a ValueError."""
+    if torch.is_tensor(target):
+        target, seen = [target], [seen]
+    shape = tuple(target[0].shape)
+    if len(shape) not in (2, 4) or target[0].numel() == shape[1]:
+        raise ValueError(f"features {shape}: need (B, D), B > 1, or (B, C, h, w); pool tokens")
     if layer_weight and len(target) < 2:
         raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
-    dims = [dim for dim in range(target[0].dim()) if dim != 1]
-    variance = target[0].var(dim=dims, correction=0, keepdim=True).clamp(min=1e-12)  # sqrt is steep at 0
-    total = ((seen[0] - target[0]) / (variance.sqrt() + 1e-3)).square().mean()
+    features, seen_features = target[0].float(), seen[0].float()
+    all_but_channels = [dim for dim in range(len(shape)) if dim != 1]
+    # 1e-6 is small beside the variances of new features, 1e-5 to 1e-3. Not detached: a live judge
+    # would otherwise shrink its features below it
+    variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
+    total = ((seen_features - features).square() / (variance + 1e-6)).mean()
     if layer_weight:
-        inner = [(s - t).square().mean() / (t.var(correction=0) + 1e-4) for t, s in zip(target[1:], seen[1:])]
-        total = total + layer_weight * sum(inner)
+        for inner, seen_inner in zip(target[1:], seen[1:]):
+            error = (seen_inner.float() - inner.float()).square().mean()
+            total = total + layer_weight * error / (inner.float().var(correction=0) + 1e-4)
     return total
 
 
-def judge_views(judge, views, images, x_hat, layer_weight):
-    """Return the weighted sum over views [(weight, T)] of d(J(T(images)), J(T(x_hat))). Under a frozen judge
-    the target has no graph. Raises ValueError when images and x_hat differ in shape."""
+def judged_distance(judge, transform, images, x_hat, layer_weight):
+    """Return the weighted sum of d(J(T(images)), J(T(x_hat))) over transform, [(weight, T)]."""
     if x_hat.shape != images.shape:
-        raise ValueError(f"the model decodes {tuple(x_hat.shape)} from images {tuple(images.shape)}")
-    return sum(weight * distance(judge(T(images)), judge(T(x_hat)), layer_weight) for weight, T in views)
+        raise ValueError(f"the model decodes {tuple(x_hat.shape)} from {tuple(images.shape)}")
+    total = 0.0
+    for weight, T in transform:
+        total = total + weight * distance(judge(T(images)), judge(T(x_hat)), layer_weight)
+    return total
 
 
-def stae_loss(model, images, views, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
-    """Return the loss of images (B, C, H, W) in [0, 1], a scalar, and its terms by name. judge: usually
-    freeze(model.encoder). slices: (D, M), D the channels of z. sigreg_weight: lambda; halved for twice B."""
+def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
+    """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name.
+
+    slices: (D, M), D the channels of z. judge: freeze(model.encoder), or model.encoder itself for a
+    live one, which learns from both images. sigreg_weight: lambda; halve it when B doubles."""
     z = model.encode(images)
-    judged = judge_views(judge, views, images, model.decode(z), layer_weight)
+    judged = judged_distance(judge, transform, images, model.decode(z), layer_weight)
     regulariser = sigreg(z, slices)
-    return judged + sigreg_weight * regulariser, {"distance": judged, "sigreg": regulariser}
+    loss = judged + sigreg_weight * regulariser
+    return loss, {"distance": judged, "sigreg": regulariser}
 
 
-def masked_loss(model, images, holed, views, slices, judge, sigreg_weight=0.03, layer_weight=10.0):
-    """Return the loss of masked mode (the author's leAutoencoder), a scalar, and its terms by name. What is
-    decoded from `images` and from `holed`, the same images with holes, must match `images` under the judge,
-    and each other. At a layer_weight of 0 faces are worse."""
-    z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # in one call, so that both share a norm
+def masked_loss(
+    model, images, holed, transform, slices, judge, sigreg_weight=0.03, layer_weight=10.0
+):
+    """Return the loss of masked mode (the author's leAutoencoder), and its terms by name.
+
+    What is decoded from `images` and from `holed`, the same images with holes, must match `images`
+    under the judge, and each other. At a layer_weight of 0 faces are worse. See stae_loss."""
+    z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # one call: both share a norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
-    agreement = distance(judge(x_hat), judge(x_holed))  # without T; gradient flows into both sides
-    clean = judge_views(judge, views, images, x_hat, layer_weight)
-    masked = judge_views(judge, views, images, x_holed, layer_weight)
+    agreement = distance(judge(x_hat), judge(x_holed))  # without T; gradient flows to both sides
+    clean = judged_distance(judge, transform, images, x_hat, layer_weight)
+    masked = judged_distance(judge, transform, images, x_holed, layer_weight)
     regulariser = (sigreg(z, slices) + sigreg(z_holed, slices)) / 2
     loss = (agreement + clean + masked) / 3 + sigreg_weight * regulariser
     return loss, {"agreement": agreement, "clean": clean, "masked": masked, "sigreg": regulariser}
 
 
 def mse_loss(model, images, holed=None):
-    """Return the baseline's loss, mean((D(E(x)) - x)^2), and its term. holed: encoded instead of images."""
-    loss = (model.decode(model.encode(images if holed is None else holed)) - images).square().mean()
+    """Return the baseline's loss, mean((D(E(x)) - x)^2), and its term. holed: encoded instead."""
+    x_hat = model.decode(model.encode(images if holed is None else holed))
+    loss = (x_hat - images).square().mean()
     return loss, {"mse": loss}
 
 
-# 5. Data: images uint8 (N, C, S, S), labels (N,) or None, and the size of the test split at the end ---------
+# 5. Data: images uint8 (N, C, S, S), and labels int64 (N,) or None --------------------------------
+
+
+class Split(NamedTuple):
+    """Images, uint8 (N, C, S, S) or a list of files to decode, and labels, int64 (N,) or None."""
+
+    images: object
+    labels: object = None
+
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line that names it and the remedy."""
+    """Something the user gave cannot be used; the message names it and the remedy."""
 
 
 def need(ok, message):
@@ -336,663 +445,866 @@ def need(ok, message):
         raise BadInput(message)
 
 
-def progress(items, total, label):
-    """Yield the items. On a terminal, show every second what label() says and how many are done."""
-    begun = shown = time.perf_counter()
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if sys.stdout.isatty() and (now > shown + 1 or count == total):
-            left = (now - begun) * (total / count - 1)
-            print(f"\r\033[K{label()}  {count:,}/{total:,}  {left:.0f} s left", end="\r", flush=True)
-            shown = now
+@contextmanager
+def reading(path):
+    """Turn whatever a library raises for a damaged or foreign file into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from error
 
 
-def generator_for(device, *key):
-    """Return a random generator on `device` that is seeded by the integers in `key`."""
+def seeded(device, *key):
+    """Return a random generator on `device` that is seeded by the integers in `key`. All keys of a
+    device have one length, since numpy takes (0, 0) and (0, 0, 0) for the same."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed))
 
 
-def make_shapes(count=12_000, size=32):
-    """Draw two discs, rings or rectangles per image, grey on black, after the author's toy set; the label is
-    the kind of the front one. Edges are blended in integers: every machine draws the same bytes."""
-    generator, inner = torch.Generator().manual_seed(0), (5, size - 5)
+def load_data(dataset, root="data", size=0, rank=0, world=1):
+    """Load "shapes", "cifar10", "celeba" (in `root`), a folder or an .npz -> the Split to train on
+    and the Split to test on. Raises BadInput.
+
+    size: side of the square images; 0: as they are, 64 for a folder, 128 for celeba. Of `world`
+    processes the first, rank 0, has all images, since it also measures; the others share them."""
+    crop = None
+    if dataset == "shapes":
+        splits = make_shapes(12_000)
+    elif dataset == "cifar10":
+        splits = read_cifar10(root)
+    elif dataset == "celeba":
+        splits = list_celeba(Path(root, "celeba", "img_align_celeba"))
+        size, crop = size or 128, 128
+    elif dataset.endswith(".npz"):
+        splits = read_npz(dataset)
+    else:
+        splits = list_folder(Path(dataset))
+        size = size or 64
+    if rank > 0:
+        part = slice(rank - 1, None, world - 1)
+        splits[0] = Split(splits[0].images[part])
+    for place, (images, labels) in enumerate(splits):
+        if torch.is_tensor(images):
+            splits[place] = Split(resize(images, size), labels)
+        else:
+            splits[place] = Split(read_images(images, size, crop)[0])
+    return splits
+
+
+def make_shapes(count, size=32):
+    """Draw two discs, rings or rectangles per image, grey on black, after the author's toy set.
+    The label is the kind of the front one. Edges are integers, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return torch.randint(low, high, (count, 1, 1), generator=generator)
+
     y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
     canvas = torch.zeros(count, size, size, dtype=torch.int32)
     for _ in range(2):
-        kind, grey, radius, other, row, column = (
-            torch.randint(*limits, (count, 1, 1), generator=generator)
-            for limits in ((0, 3), (80, 256), (3, 10), (3, 10), inner, inner))
+        kind, grey = draw(0, 3), draw(80, 256)
+        radius, other_radius = draw(3, 10), draw(3, 10)
+        row, column = draw(5, size - 5), draw(5, size - 5)
         dy, dx = (y - row).abs(), (x - column).abs()
         from_centre = (dy**2 + dx**2).float().sqrt()
-        disc = radius + 0.5 - from_centre  # how far inside its edge each pixel lies, (count, size, size)
+        # How far inside the edge of each kind every pixel lies, (count, size, size)
+        disc = radius + 0.5 - from_centre
         ring = torch.minimum(disc, from_centre - radius + 2.5)
-        rectangle = torch.minimum(radius - dy, other - dx) + 0.5
+        rectangle = torch.minimum(radius - dy, other_radius - dx) + 0.5
         inside = torch.where(kind == 0, disc, torch.where(kind == 1, ring, rectangle))
         cover = (inside.clamp(0, 1) * 256).int()
         canvas = (grey * cover + canvas * (256 - cover)) // 256
-    return canvas.to(torch.uint8)[:, None], kind.flatten(), count // 6
+    images, labels = canvas.to(torch.uint8)[:, None], kind.flatten()
+    end = count - count // 6
+    return [Split(images[:end], labels[:end]), Split(images[end:], labels[end:])]
 
 
 def read_cifar10(root):
-    """Read CIFAR-10 in `root`, where torchvision downloads it unless it is there."""
-    try:
-        train, test = (datasets.CIFAR10(root, train=train, download=True) for train in (True, False))
-    except Exception as error:  # no network, a broken archive, a folder that cannot be written, ...
-        raise BadInput(f"--data {root}: download failed ({error}); put cifar-10-batches-py/ there") from None
-    images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
-    return images, torch.tensor(train.targets + test.targets), len(test)
+    """Read CIFAR-10 in `root`; torchvision downloads it unless it is there."""
+    splits = []
+    for train in (True, False):
+        with reading(root):
+            stored = datasets.CIFAR10(root, train=train, download=True)
+        images = torch.from_numpy(stored.data).permute(0, 3, 1, 2)
+        splits.append(Split(images, torch.tensor(stored.targets)))
+    return splits
 
 
 def read_npz(path):
-    """Read x_train, y_train, x_test, y_test or x, y: uint8 (N, H, W, 1 or 3), integers; y, test optional."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            ends = [end for end in ("_train", "_test") if "x" + end in file] or [""]
-            x = np.concatenate([file["x" + end] for end in ends])
-            y = np.concatenate([file["y" + e] for e in ends]) if all("y" + e in file for e in ends) else None
-            test_count = len(file["x_test"]) if len(ends) == 2 else 0
-    except Exception:  # not a zip, no x, shapes that differ: numpy raises many kinds
-        raise BadInput(f"{path}: not an .npz of x_train, y_train, x_test, y_test or x, y") from None
-    fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
-    need(fine, f"{path}: its images are {x.dtype} {x.shape}; they must be uint8 (N, H, W, 1 or 3)")
-    need(y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu"), f"{path}: y needs {len(x)} integers")
-    order = np.arange(len(x)) if test_count else np.random.default_rng(0).permutation(len(x))
-    labels = None if y is None else torch.from_numpy(y[order].astype(np.int64))
-    return torch.from_numpy(x[order]).permute(0, 3, 1, 2), labels, test_count
+    """Read x_train, x_test, uint8 (N, H, W) or (N, H, W, 1 or 3), and, both or none, y_train,
+    y_test, integers (N,) or (N, 1). Raises BadInput that tells what was found."""
+    with reading(path), np.load(path) as file:
+        arrays = dict(file)
+    found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+    print(f"{path}: {found}")
+    splits = []
+    for x_name, y_name in (("x_train", "y_train"), ("x_test", "y_test")):
+        need(x_name in arrays, f"{path}: needs {x_name}; found {found}")
+        x, y = arrays[x_name], arrays.get(y_name)
+        if x.ndim == 3:
+            x = x[..., None]
+        fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and len(x) > 0
+        need(fine, f"{path}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3); found {found}")
+        if y is not None:
+            fine = y.dtype.kind in "iu" and y.size == len(y) == len(x)
+            need(fine, f"{path}: {y_name} must be {len(x)} integers; found {found}")
+            y = torch.from_numpy(y.reshape(-1).astype(np.int64))
+        splits.append(Split(torch.from_numpy(x).permute(0, 3, 1, 2), y))
+    train, test = splits
+    fine = train.images.shape[1:] == test.images.shape[1:]
+    fine = fine and (train.labels is None) == (test.labels is None)
+    need(fine, f"{path}: x_train, x_test or y_train, y_test do not match; found {found}")
+    return splits
 
 
-def read_images(folder, names, size, crop=None):
-    """Decode and centre-crop image files (to `crop` pixels when given); cache them beside the folder, under a
-    name that changes with the files -> uint8 (N, 3, size, size); the names of the N that can be read."""
-    folder = Path(os.path.abspath(folder))
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(folder / name)]]
-    stamp = hashlib.sha256(repr((crop, stats)).encode()).hexdigest()[:8]
-    cache = folder.parent / f"{folder.name}.stae-{size}-{stamp}.cache"
-    row = np.dtype([("image", np.uint8, (3, size, size)), ("readable", np.bool_)])
+def list_celeba(folder):
+    """List the faces in a folder, the unpacked zip or a part of it, by the official splits."""
+    if (folder / folder.name).is_dir():  # as Kaggle packs it
+        folder = folder / folder.name
+    files = sorted(folder.glob("[0-9]*.jpg"))
+    train = [file for file in files if file.stem <= "162770"]
+    test = [file for file in files if file.stem >= "182638"]
+    print(f"{folder}: {len(train):,} and {len(test):,} faces, official splits without validation")
+    need(train and test, f"{folder}: lacks faces of a split; unpack img_align_celeba.zip there")
+    return [Split(train), Split(test)]
 
-    def decode(name):
-        with suppress(Exception):  # Pillow raises whatever its decoders do: OSError, SyntaxError, ...
-            image = ImageOps.exif_transpose(Image.open(folder / name))
-            need(image.mode[0] not in "IF", "16 or 32 bits, which convert() would clip")
-            image = TF.center_crop(image.convert("RGB"), [crop or min(image.size)] * 2)
-            return np.asarray(TF.resize(image, [size, size])).transpose(2, 0, 1).tobytes() + b"\1"
-        return bytes(row.itemsize)  # black, and not readable
 
-    if not cache.exists():
-        temporary = Path(f"{cache}.{os.getpid()}.tmp")  # another process may be decoding the same folder
+def find_files(folder, above=()):
+    """Yield (path, reason to leave it out or "") for what lies below a folder. Links are followed,
+    but never back to a folder `above`."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == "." or path.name in ("@eaDir", "__MACOSX"):
+            yield path, "hidden"
+        elif path.resolve() in above:
+            yield path, "a link in a circle"
+        elif path.is_dir():
+            yield from find_files(path, above)
+        elif path.suffix.lower() in Image.registered_extensions():
+            yield path, ""
+        else:
+            yield path, f"no picture that Pillow can read here ({path.suffix})"
+
+
+def list_folder(folder):
+    """List the images below a folder -> two Splits of files, and print what was found: train/ and
+    test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
+    a new file moves no other one."""
+    need(folder.is_dir(), f"--dataset {folder}: neither a folder, an .npz, shapes, cifar10, celeba")
+    names, left_out = {}, {}
+    for path, reason in find_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if reason:
+            left_out.setdefault(reason, []).append(name)
+        else:
+            names[name] = int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
+
+    tops = {name.split("/")[0].lower() for name in names}
+    tests = [top for top in ("test", "val", "valid", "validation") if {"train", top} <= tops]
+    parts = {"train": [], "test": []}
+    for name in sorted(names, key=names.get):
+        part = name.split("/")[0].lower()
+        if not tests:
+            part = "train" if names[name] % 10 else "test"
+        elif part == tests[0]:
+            part = "test"
+        elif part != "train":
+            left_out.setdefault("neither to train nor to test on", []).append(name)
+        parts.setdefault(part, []).append(name)
+    train, test = parts["train"], parts["test"]
+    if not train or not test:
+        train, test = (train + test)[1:], (train + test)[:1]
+
+    found = f"{tests[0]}/" if tests else "no train/ beside a test/, so a tenth"
+    print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on ({found})")
+    for reason, files in left_out.items():
+        print(f"left out {len(files):,}, {reason}, the first is {files[0]}")
+    need(train, f"--dataset {folder}: holds no two images")
+    return [Split([folder / name for name in part]) for part in (train, test)]
+
+
+def read_images(paths, size, crop=None):
+    """Decode the centres of image files: squares of `crop` pixels or, without it, of the shorter
+    side, resized -> uint8 (N, 3, size, size) of those that can be read, and bool (all,), which can.
+    The others are counted on the screen. Raises BadInput when all are."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    readable = torch.zeros(len(paths), dtype=torch.bool)
+
+    def read(index):
         try:
-            with ThreadPoolExecutor() as pool, open(temporary, "wb") as file:
-                file.writelines(progress(pool.map(decode, names), len(names), lambda: "decoding"))
-            os.replace(temporary, cache)
-        finally:
-            temporary.unlink(missing_ok=True)
-    rows = np.memmap(cache, row, "c")  # copy on write: torch warns of a read-only array
-    lost = [name for name, readable in zip(names, rows["readable"]) if not readable]
-    need(len(lost) < len(names), f"{folder}: none of its {len(names)} images can be read")
-    if lost:
-        print(f"skipped {len(lost)} of {len(names)} images that cannot be read, the first is {lost[0]}")
-        rows, names = rows[rows["readable"]], np.array(names)[rows["readable"]].tolist()
-    return torch.from_numpy(rows["image"]), names
+            images[index] = decode(paths[index], size, crop)
+            readable[index] = True
+        except Exception as error:  # Pillow raises whatever its decoders do
+            return f"{paths[index]}: {error}"
+
+    print(f"decoding {len(paths):,} images", flush=True)
+    with ThreadPoolExecutor() as pool:
+        problems = [problem for problem in pool.map(read, range(len(paths))) if problem]
+    need(readable.any(), f"none of {len(paths):,} images can be read: {problems[:1]}")
+    if problems:
+        print(f"left out {len(problems):,} that cannot be read, the first is {problems[0]}")
+        for place, index in enumerate(readable.nonzero()[:, 0].tolist()):
+            images[place] = images[index]  # there may be no room for a second tensor
+    return images[: len(paths) - len(problems)], readable
 
 
-def read_folder(folder, size):
-    """Read all images below `folder`, ordered by hash, and print its splits and classes: train/ and test/ (or
-    val/, valid/, validation/) when both hold images; the subfolders, when every image lies in one."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and datasets.folder.is_image_file(p.name)]
-    need(paths, f"--dataset {folder}: no image below it ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
-    tops = {os.path.relpath(path, folder): path.relative_to(folder).parts[0].lower() for path in paths}
-    names = sorted(tops, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    tests = [top for top in ("test", "val", "valid", "validation") if {"train", top} <= set(tops.values())]
-    if tests:
-        names = [name for top in ("train", tests[0]) for name in names if tops[name] == top]
-    images, names = read_images(folder, names, size)
-    parents = [Path(name).parts[1 if tests else 0 : -1] for name in names]
-    classes = sorted({parent[0] for parent in parents if parent})
-    labels = torch.tensor([classes.index(parent[0]) for parent in parents]) if all(parents) else None
-    splits = f"train/ and {tests[0]}/" if tests else "none (no train/ beside a test/), so a tenth is held out"
-    kinds = f"{len(classes)} subfolders" if all(parents) else "none (not every image lies in a subfolder)"
-    print(f"{folder}: {len(names):,} images; splits: {splits}; classes: {kinds}")
-    return images, labels, sum(tops[name] == tests[0] for name in names) if tests else 0
+def decode(path, size, crop):
+    """Decode the centre of an image file -> uint8 (3, size, size)."""
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators write long texts
+    image = Image.open(path)
+    if crop is None:
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG of 12 megapixels 11 times faster
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF costs the turn, not the picture
+        pass
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    need(image.mode != "F", "its pixels are floats of no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    side = crop or min(image.size)
+    need(side <= min(image.size), f"smaller than {side} pixels")
+    image = TF.center_crop(image.convert("RGB"), [side, side])
+    return TF.pil_to_tensor(TF.resize(image, [size, size]))
 
 
-def read_celeba(root, size):
-    """Read the centre of the faces in `root`/celeba/img_align_celeba; the splits are the official ones."""
-    folder = Path(root, "celeba", "img_align_celeba")
-    numbers = sorted(int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdecimal())
-    need(numbers, f"--data {root}: has no celeba/img_align_celeba/*.jpg; unpack img_align_celeba.zip there")
-    names = [f"{number:06}.jpg" for number in numbers if number <= 162_770 or number > 182_637]
-    images, names = read_images(folder, names, size, crop=128)
-    return images, None, sum(int(name[:6]) > 182_637 for name in names)
-
-
-def load_data(dataset, root="data", size=0, validation=0):
-    """Load "shapes", "cifar10", "celeba" (in `root`), a folder or an .npz -> two pairs, to train and to test
-    on: images uint8 (N, C, S, S) on the CPU, labels int64 (N,) from 0 or None. size: S; 0: 64 for a folder,
-    128 for celeba, else as it is. validation: test on so many of the last training images instead."""
-    path = Path(dataset)
-    if dataset == "shapes":
-        images, labels, test_count = make_shapes()
-    elif dataset == "cifar10":
-        images, labels, test_count = read_cifar10(root)
-    elif dataset == "celeba":
-        images, labels, test_count = read_celeba(root, size or 128)
-    elif path.is_dir():
-        images, labels, test_count = read_folder(path, size or 64)
-    else:
-        need(path.is_file(), f"--dataset {dataset}: no such folder or .npz, nor shapes, cifar10, celeba")
-        images, labels, test_count = read_npz(path)
+def resize(images, size):
+    """Cut images (N, C, H, W) to squares and resize them to `size`, if it is not 0."""
     side = min(images.shape[2:])
-    if images.shape[2:] != (size or side, size or side):  # in parts, since resizing works in float
-        parts = TF.center_crop(images, [side, side]).split(1000)
-        images = torch.cat([TF.resize(part, [size or side] * 2) for part in parts])
-    if labels is not None:
-        classes, labels = labels.unique(return_inverse=True)
-        labels = labels if len(classes) > 1 else None  # nothing to tell apart
-    end = len(images) - (test_count or max(1, len(images) // 10))  # without a split a tenth is held out
-    need(end > validation, f"--dataset {dataset}: {len(images)} images, --validation {validation}: too few")
-    spans = slice(end - validation), slice(end - validation, end) if validation else slice(end, None)
-    return [(images[span], None if labels is None else labels[span]) for span in spans]
+    if images.shape[2:] == (size or side, size or side):
+        return images
+    print(f"{tuple(images.shape[2:])} pixels: cut to {side}, resized to {size or side}")
+    parts = TF.center_crop(images, [side, side]).split(1000)  # resizing works in floats
+    return torch.cat([TF.resize(part, [size or side] * 2) for part in parts])
 
 
-# 6. Evaluation: one function measures a model -> one flat dict; pictures and a table ------------------------
+# 6. Training: settings make a run, and its folder holds a checkpoint and a log --------------------
+
+LOG_STEPS = 100  # a line of progress and a row of log.csv are means over so many steps
+SAVE_SECONDS = 60.0  # the least time between two checkpoints
+
+
+def setting(default, text, allowed=None):
+    """Declare a field of Settings, which is a flag of the command line too. allowed: the words to
+    choose from, or the least and the largest number."""
+    return field(default=default, metadata={"text": text, "allowed": allowed})
+
+
+@dataclass
+class Settings:
+    """All that decides the weights of a run, and nothing else. The defaults are those of shapes."""
+
+    dataset: str = setting("shapes", "shapes, cifar10, celeba, a folder of images or an .npz")
+    size: int = setting(0, "side of the images; 0: as they are, folders 64, celeba 128", (0, 4096))
+    objective: str = setting("stae", "mse: the plain autoencoder", ("stae", "mse"))
+    masked: bool = setting(False, "fill a hole in the images")
+    hole: float = setting(0.35, "share of the area that the hole takes", (0.001, 0.999))
+    transform: str = setting("pixel", "T; crop for all other data", TRANSFORMS)
+    crop_min: float = setting(0.5, "least share of the side that a crop takes", (0.001, 1))
+    crop_max: float = setting(1.0, "largest share of the side that a crop takes", (0.001, 1))
+    turn: bool = setting(False, "mirror and turn crops; all other data, unless masked, do")
+    mask_ratio: float = setting(0.7, "share of the image that a mask blackens", (0.001, 0.999))
+    judge: str = setting("frozen", "the encoder, detached or not", ("frozen", "live"))
+    layer_weight: float = setting(0.0, "weight of inner activations; masked 10", (0, 1e6))
+    sigreg_weight: float = setting(0.03, "lambda; halve it when the batch doubles", (0, 1e6))
+    slices: int = setting(16, "directions that SIGReg tests in a step", (1, 10**5))
+    width: int = setting(32, "channels after the stem; cifar10 64, celeba 128", (1, 4096))
+    latent_channels: int = setting(8, "C of a code (C, side/8, side/8); celeba 32", (1, 4096))
+    latent_dim: int = setting(0, "numbers of a global code; masked celeba 128", (0, 10**6))
+    steps: int = setting(1875, "batches to train on; cifar10 5760, celeba 63000", (1, 10**9))
+    batch_size: int = setting(64, "images per step and process; all other data 128", (2, 10**6))
+    lr: float = setting(1e-2, "peak learning rate; cifar10 0.003, celeba 0.001", (1e-9, 1))
+    seed: int = setting(0, "seed of the initial weights and of all draws", (0, 2**32 - 1))
+    precision: str = setting("auto", "bf16 where it is fast", ("auto", "fp32", "bf16"))
+
+    def __post_init__(self):
+        for item in fields(self):
+            value, allowed = item.type(getattr(self, item.name)), item.metadata["allowed"]
+            setattr(self, item.name, value)
+            if item.type is str and allowed:
+                need(value in allowed, f"{flag(item)} {value}: must be one of {allowed}")
+            elif allowed:
+                fine = allowed[0] <= value <= allowed[1]
+                need(fine, f"{flag(item)} {value}: must be from {allowed[0]:,} to {allowed[1]:,}")
+        crops, channels = (self.crop_min, self.crop_max), self.latent_channels
+        need(crops[0] <= crops[1], f"--crop-min, --crop-max {crops}: the first is larger")
+        need(self.size % 8 == 0 and self.size != 8, f"--size {self.size}: must be 16, 24, 32, ...")
+        fine = 8 * self.width % channels == 0
+        need(fine, f"--latent-channels {channels}: must divide {8 * self.width}, 8 times --width")
+
+
+CROPS = dict(transform="crop", turn=True, batch_size=128, steps=5760)
+PRESETS = {  # what a data set changes of the defaults; a folder or an .npz has those of cifar10
+    "shapes": {},
+    "cifar10": dict(CROPS, width=64, lr=3e-3),
+    "celeba": dict(CROPS, width=128, lr=1e-3, steps=63_000, latent_channels=32),
+}
+
+
+def choose_settings(given):
+    """Return the Settings: the defaults, then what the data set changes, then the given ones."""
+    dataset = given.get("dataset", "shapes")
+    changes = dict(PRESETS.get(dataset, PRESETS["cifar10"]))
+    if dataset not in PRESETS:
+        given = {**given, "dataset": os.path.abspath(dataset)}  # found from any other folder
+    if given.get("masked"):
+        changes.update(layer_weight=10.0, turn=False)
+        if dataset == "celeba":
+            changes["latent_dim"] = 128
+    settings = Settings(**{**changes, **given})
+    if settings.latent_dim and "latent_channels" not in given:
+        settings.latent_channels = settings.width  # as the author does
+    return settings
+
+
+def run_folder(settings):
+    """Return runs/NAME-HASH: the same settings and the same stae.py find the same run again."""
+    words = [Path(settings.dataset).stem, settings.objective]
+    if settings.masked:
+        words.append("masked")
+    if settings.objective == "stae":
+        words += [settings.transform, settings.judge]
+    identity = hashlib.sha256(str(settings).encode() + Path(__file__).read_bytes())
+    return Path("runs", "-".join([*words, identity.hexdigest()[:6]]))
+
+
+def fingerprint(images):
+    """Return what tells data apart: their count and a hash of about a thousand of them."""
+    some = images[:: 1 + len(images) // 1000].contiguous().cpu()
+    return f"{len(images)} images {hashlib.sha256(some.numpy()).hexdigest()[:12]}"
+
+
+def learning_rate(step, steps, peak):
+    """Return the rate of a step: linear warm-up over 100 steps or a tenth, a cosine to 5 %."""
+    warmup = min(100, steps // 10 + 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return peak * (0.525 + 0.475 * math.cos(math.pi * progress))
+
+
+def draw_batches(images, settings, first, rank):
+    """Yield each step from `first` on, and its images: those at its place in the order of its
+    epoch, which is a function of the seed, the epoch and the process."""
+    size = min(settings.batch_size, len(images))
+    for step in range(first, settings.steps):
+        epoch, place = divmod(step, len(images) // size)
+        if place == 0 or step == first:
+            generator = seeded("cpu", settings.seed, epoch, rank, 0)
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+        yield step, images[order[place * size : (place + 1) * size]]
+
+
+class Objective(nn.Module):
+    """The loss of a step, one module: what DistributedDataParallel needs to average gradients."""
+
+    def __init__(self, model, settings):
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, images, generator):
+        """Draw what is random -> the loss of images (B, C, S, S) in [0, 1], its terms by name."""
+        model, s, shape = self.model, self.settings, images.shape
+        holed = None
+        if s.masked:
+            holed = cut_holes(images, draw_holes(shape, generator, s.hole))
+        if s.objective == "mse":
+            return mse_loss(model, images, holed)
+        crops = s.crop_min, s.crop_max
+        transform = draw_transform(s.transform, shape, generator, crops, s.mask_ratio, s.turn)
+        slices = draw_slices(model.norm.num_features, s.slices, generator)
+        judge = freeze(model.encoder) if s.judge == "frozen" else model.encoder
+        weights = s.sigreg_weight, s.layer_weight
+        if s.masked:
+            return masked_loss(model, images, holed, transform, slices, judge, *weights)
+        return stae_loss(model, images, transform, slices, judge, *weights)
+
+
+def new_model(settings, channels):
+    """Return an untrained Autoencoder of these settings, for images of so many channels."""
+    sizes = settings.width, settings.latent_channels, settings.latent_dim, settings.size
+    return Autoencoder(channels, *sizes)
+
+
+def train(settings, images, device, folder, rank=0, world=1):
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> model, history.
+
+    The images of a step and all that is drawn in it are functions of the seed, the step and the
+    process, so a run that goes on from its last checkpoint ends as if nothing had happened. The
+    processes of torchrun share their gradients alone: batch, T, slices and SIGReg are their own."""
+    need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
+    torch.manual_seed(settings.seed)
+    model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0, fused=True)
+    history, first = [], 0
+    if (folder / "checkpoint.pt").exists():
+        stored = load_checkpoint(folder)[2]
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        history = stored["history"]
+        first = history[-1]["step"]
+    objective = Objective(model, settings)
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+
+    data, bf16 = fingerprint(images), settings.precision == "bf16"
+    start = saved = time.perf_counter()
+    totals, window = 0.0, first
+    for step, batch in draw_batches(images, settings, first, rank):
+        x = batch.to(device).float() / 255
+        model.norm.momentum = max(0.1, 1 / (step + 1))  # or short runs average their beginning
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss, terms = objective(x, seeded(device, settings.seed, step, rank, 1))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        terms = {"loss": loss, **terms, "gradient_norm": norm}
+        totals = totals + torch.stack(list(terms.values())).detach()  # no wait for the device
+        done = step + 1
+        if done % LOG_STEPS == 0 or done == settings.steps:
+            now = time.perf_counter()
+            means = dict(zip(terms, (totals / (done - window)).tolist()))
+            speed = (done - window) * len(x) * world / (now - start)
+            row = {"step": done, **means, "seconds": now - start, "images_per_second": speed}
+            left = (settings.steps - done) * (now - start) / (done - window)
+            print_row(row, settings.steps, left)
+            history.append(row)
+            if rank == 0 and (now > saved + SAVE_SECONDS or done == settings.steps):
+                save_checkpoint(folder, settings, model, optimizer, history, data)
+                saved = now
+            start, totals, window = time.perf_counter(), 0.0, done
+        elif sys.stdout is not None and sys.stdout.isatty():
+            print(f"step {done}/{settings.steps}", end="\r", flush=True)
+    return model, history
+
+
+def print_row(row, steps, left):
+    """Print a row of the log, and the seconds left. Raises FloatingPointError for a loss of nan."""
+    numbers = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+    print(f"step {row['step']}/{steps}", *numbers, f"{left:.0f} s left", sep="  ", flush=True)
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(f"step {row['step']}: the loss is not finite; try a lower --lr")
+
+
+def save_checkpoint(folder, settings, model, optimizer, history, data):
+    """Write checkpoint.pt, whole or not at all, and log.csv, the history to read or plot."""
+    state = {
+        "settings": asdict(settings),
+        "channels": model.encoder.stem.in_channels,
+        "data": data,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
+    partial = folder / "checkpoint.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+        partial.replace(folder / "checkpoint.pt")
+    finally:
+        partial.unlink(missing_ok=True)  # half of it would fill a full disk
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint, or that in a run's folder -> the Autoencoder, in eval mode on the CPU, its
+    Settings, and all that the file holds. No code in the file is run. Raises BadInput."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    need(path.is_file(), f"{path}: there is no such checkpoint")
+    with reading(path):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        settings = Settings(**stored["settings"])
+        with torch.device("meta"):  # allocates nothing before the shapes are known to fit
+            model = new_model(settings, stored["channels"])
+        model.load_state_dict(dict(stored["model"]), assign=True)
+        finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
+        need(finite and stored["history"], "its weights are not finite, or it has no history")
+        return model.float().eval(), settings, stored
+
+
+def load_model(path):
+    """Return the Autoencoder of a run or checkpoint, in eval mode on the CPU. See Autoencoder."""
+    return load_checkpoint(path)[0]
+
+
+# 7. Evaluation: small measurements of a model, each a dict by name; a table and a picture ---------
+# A model here is what has encode(images) and decode(code): an Autoencoder in eval mode, or PCA
+
+
+class PCA:
+    """The best linear code of so many numbers, (B, n, 1, 1), each of variance 1. Its axes are
+    those of images (N, C, S, S) uint8, or of a part of them that takes 2 GB as floats."""
+
+    def __init__(self, images, numbers, device):
+        some = images[:: 1 + images.numel() // 2**29]
+        x = some.to(device).flatten(1).float() / 255
+        self.shape, self.mean = images.shape[1:], x.mean(dim=0)
+        torch.manual_seed(0)  # of random projections; niter=2, torch's default, is inaccurate
+        _, spread, self.axes = torch.pca_lowrank(x, min(numbers, *x.shape), niter=8)
+        self.scale = spread / len(x) ** 0.5 + 1e-6
+
+    def encode(self, images):
+        code = (images.flatten(1) - self.mean) @ self.axes / self.scale
+        return code[:, :, None, None]
+
+    def decode(self, code):
+        flat = (code.flatten(1) * self.scale) @ self.axes.T + self.mean
+        return flat.unflatten(1, self.shape)
+
+
+def batches_of(images, device):
+    """Yield images uint8 in batches of 128, fewer when they are large, as floats on the device."""
+    size = max(1, min(128, 2**21 // images[0, 0].numel()))
+    for batch in images.split(size):
+        yield batch.to(device).float() / 255
+
+
+def decibels(squared_errors):
+    """Return the PSNR of all images, given their mean squared errors in batches."""
+    mean = torch.cat(squared_errors).cpu().double().mean().item()
+    return -10 * math.log10(max(mean, 1e-12))
+
 
 def ssim(x, y):
-    """Return the structural similarity of (B, C, H, W) in [0, 1], sides from 11, as (B,); 1 for equal images.
-    Wang et al. 2004: Gaussian window of 11, sigma 1.5, inside the image; mean over channels and places."""
-    means = (TF.gaussian_blur(images, 11, 1.5) for images in (x, y, x * x, y * y, x * y))
-    mx, my, xx, yy, xy = (mean[:, :, 5:-5, 5:-5] for mean in means)
-    score = (2 * mx * my + 0.01**2) * (2 * (xy - mx * my) + 0.03**2)
-    return (score / ((mx**2 + my**2 + 0.01**2) * (xx - mx**2 + yy - my**2 + 0.03**2))).mean(dim=(1, 2, 3))
+    """Return the structural similarity of (B, C, H, W) in [0, 1], sides from 11, as (B,).
+    Wang et al. 2004: Gaussian window of 11, sigma 1.5, inside the image; mean over all places."""
+
+    def average(images):
+        return TF.gaussian_blur(images, [11, 11], [1.5, 1.5])[:, :, 5:-5, 5:-5]
+
+    mean_x, mean_y = average(x), average(y)
+    variance_x = average(x * x) - mean_x**2
+    variance_y = average(y * y) - mean_y**2
+    covariance = average(x * y) - mean_x * mean_y
+    score = (2 * mean_x * mean_y + 0.01**2) * (2 * covariance + 0.03**2)
+    score = score / (mean_x**2 + mean_y**2 + 0.01**2) / (variance_x + variance_y + 0.03**2)
+    return score.mean(dim=(1, 2, 3))
 
 
-def variation(images, region):
-    """Sum the absolute differences of neighbours of (B, C, H, W), both in region (B, 1, H, W) -> (B,).
-    Sharpness is this sum over reconstructions, divided by that over originals."""
-    both = [(dim, region.unfold(dim, 2, 1).amin(dim=-1)) for dim in (2, 3)]
-    return sum((images.diff(dim=dim).abs() * inside).flatten(1).sum(dim=1) for dim, inside in both)
+def chroma(images):
+    """Return what is colour in images (B, 3, H, W): Cb and Cr of BT.601, (B, 2, H, W)."""
+    rows = [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    return torch.einsum("pc,bchw->bphw", torch.tensor(rows, device=images.device), images)
 
 
-def collect(function, images, device, *more):
-    """Apply function(floats, *rows of more) to images (N, C, H, W) uint8, batch by batch -> (N, ...)."""
-    count = max(1, min(250, 2**20 // images[0, 0].numel()))  # of large images fewer fit into memory
-    parts = zip(*(rows.split(count) for rows in (images, *more)))
-    return torch.cat([function(x.to(device).float() / 255, *rest) for x, *rest in parts])
-
-
-def fidelity(reconstruct, images, device, holes=None, hidden=False):
-    """Score reconstruct(images) against images (N, C, H, W) uint8 -> psnr, of colour images psnr_luma and
-    psnr_chroma (BT.601), sharpness, ssim. holes (N, 4): cut; all but ssim is outside or, `hidden`, inside."""
-    matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-    holes = (torch.zeros(len(images), 4) if holes is None else holes).to(device)  # of no size: all is visible
-
-    def score(x, boxes):
-        region = hole_mask(boxes, x.shape[3]) if hidden else 1 - hole_mask(boxes, x.shape[3])
-        x_hat = reconstruct(cut_holes(x, boxes))
-        planes = [x_hat - x]
+def measure_images(model, images, device):
+    """Measure reconstructions of images (N, C, S, S) uint8. psnr: of the mean squared error over
+    all images, in dB; psnr_chroma: that of colour; ssim: mean over images."""
+    errors, colour_errors, similarities = [], [], []
+    for x in batches_of(images, device):
+        x_hat = model.decode(model.encode(x))
+        errors.append((x_hat - x).square().mean(dim=(1, 2, 3)))
+        similarities.append(ssim(x, x_hat))
         if x.shape[1] == 3:
-            planes += torch.einsum("pc,bchw->bphw", matrix.to(device), x_hat - x).split([1, 2], dim=1)
-        squares = [(plane.square() * region).mean(dim=(1, 2, 3)) for plane in planes]
-        sharp = variation(x_hat, region), variation(x, region)
-        return torch.stack([ssim(x, x_hat), *sharp, region.mean(dim=(1, 2, 3)), *squares], dim=1)
-
-    structure, sharp, sharp_x, area, *errors = collect(score, images, device, holes).double().mean(0).tolist()
-    decibels = [-10 * math.log10(max(error / area, 1e-12)) for error in errors]
-    result = dict(zip(("psnr", "psnr_luma", "psnr_chroma"), decibels))
-    return result | {"ssim": structure, "sharpness": sharp / max(sharp_x, 1e-9)}
+            colour_errors.append(chroma(x_hat - x).square().mean(dim=(1, 2, 3)))
+    results = {"psnr": decibels(errors), "ssim": torch.cat(similarities).mean().item()}
+    if colour_errors:
+        results["psnr_chroma"] = decibels(colour_errors)
+    return results
 
 
-def min_std(codes):
-    """Return the least deviation over images (mean over positions) of a channel of codes; 0 is a collapse."""
-    return codes.std(dim=0, correction=0).flatten(1).mean(dim=1).min().item()
+def measure_holes(model, images, holes, mean, device):
+    """Measure how holes (N, 4) cut into images are filled. hole_psnr: inside of them, in dB;
+    hole_floor_psnr: that of the `mean` image (C, S, S) there."""
+    errors, mean_errors, first = [], [], 0
+    for x in batches_of(images, device):
+        boxes = holes[first : first + len(x)].to(device)
+        first += len(x)
+        x_hat = model.decode(model.encode(cut_holes(x, boxes)))
+        inside = hole_mask(boxes, x)
+        area = inside.mean(dim=(1, 2, 3))
+        errors.append(((x_hat - x) * inside).square().mean(dim=(1, 2, 3)) / area)
+        mean_errors.append(((mean - x) * inside).square().mean(dim=(1, 2, 3)) / area)
+    return {"hole_psnr": decibels(errors), "hole_floor_psnr": decibels(mean_errors)}
 
 
-def linear_probe(x, labels, test, strength=0.01):
-    """Fit ridge regression of one-hot labels y on standardised x (N, D), minimising the mean of
-    |x @ weights - y|^2, plus strength * |weights|^2; return the labels (M,) it gives to test (M, D)."""
-    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
-    x, test = (((part - mean) / scale).double() for part in (x, test))
-    y = F.one_hot(labels).double()
-    gram = x.T @ x / len(x) + strength * torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0)) / len(x))
-    return (test @ weights + y.mean(dim=0)).argmax(dim=1)
+def measure_codes(model, images, device):
+    """Measure how Gaussian the codes of images are. sigreg: in groups of 128, 1.05 for N(0, I).
+    min_std: the least deviation over images of a channel, near 0 for a collapse. code_size."""
+    scores, totals, squares = [], 0.0, 0.0
+    for group in images.split(128):
+        code = torch.cat([model.encode(x) for x in batches_of(group, device)]).cpu()
+        if len(group) == 128 or not scores:
+            scores.append(sigreg(code, draw_slices(code.shape[1], 256, seeded("cpu", 0))).item())
+        totals = totals + code.double().sum(dim=0)
+        squares = squares + code.double().square().sum(dim=0)
+    variance = squares / len(images) - (totals / len(images)).square()
+    deviation = variance.clamp(min=0).sqrt().flatten(1).mean(dim=1)  # mean over places
+    sizes = {"min_std": deviation.min().item(), "code_size": totals.numel()}
+    return {"sigreg": sum(scores) / len(scores), **sizes}
 
 
 @torch.no_grad()
-def evaluate(model, train, test, holes=None, classifier=None):
-    """Measure an Autoencoder in eval mode on pairs from load_data -> a flat dict, explained in README.md.
-    holes: boxes (N, 4) to cut into test images. classifier: from train_classifier, to measure recognition."""
-    (images, labels), (test_images, test_labels), device = train, test, next(model.parameters()).device
-    codes = collect(model.encode, test_images, device)  # (N, C, h, w)
-    sample = images[:: 1 + images.numel() // 2**29].to(device).flatten(1).float().div_(255)  # 2 GB at most
-    mean = sample.mean(dim=0)
-    axes = torch.pca_lowrank(sample, min(codes[0].numel(), *sample.shape), niter=8)[2]  # 2 is inaccurate
-    shown = {"": lambda x: model.decode(model.encode(x)), "_original": lambda x: x,
-             "_pca": lambda x: ((x.flatten(1) - mean) @ axes @ axes.T + mean).view_as(x)}
-    results = fidelity(shown[""], test_images, device)
-    results["pca_psnr"] = fidelity(shown["_pca"], test_images, device)["psnr"]
-    if holes is not None:
-        inside = fidelity(shown[""], test_images, device, holes, hidden=True)
-        floor = fidelity(lambda x: mean.view_as(x[0]).expand_as(x), test_images, device, holes, hidden=True)
-        results |= {"hole_psnr": inside["psnr"], "hole_sharpness": inside["sharpness"]}
-        results |= {"masked_ssim": inside["ssim"], "hole_floor_psnr": floor["psnr"]}
-        results["visible_psnr"] = fidelity(shown[""], test_images, device, holes)["psnr"]
-    slices = draw_slices(codes.shape[1], 256, generator_for(device, 0))
-    scores = [sigreg(group, slices).item() for group in codes.split(128)[: max(1, len(codes) // 128)]]
-    results |= {"sigreg": sum(scores) / len(scores), "min_std": min_std(codes)}
-    spread = torch.linalg.svdvals(codes[:2000].flatten(1))  # rankme, their effective rank: arXiv 2210.02885
-    results["rankme"] = torch.special.entr(spread / spread.sum()).sum().exp().item()
-    if labels is not None:
-        picked = torch.randperm(len(images), generator=generator_for("cpu", 0))[:10_000]
-        images, labels = images[picked.to(images.device)], labels[picked]
-        pool, untrained = nn.AdaptiveAvgPool2d(4), copy.deepcopy(model.encoder)
-        untrained.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-        reads = {"code": model.encode, "pca": lambda x: (x.flatten(1) - mean) @ axes,
-                 "features": lambda x: pool(model.encoder(x)[-1]), "random": lambda x: pool(untrained(x)[-1])}
-        for name, read in reads.items():
-            known, asked = (collect(read, part, device).flatten(1).cpu() for part in (images, test_images))
-            guesses = {"probe": linear_probe(known, labels, asked)}
-            if name in ("code", "pca"):
-                nearest = (F.normalize(asked) @ F.normalize(known).T).topk(min(20, len(known))).indices
-                guesses["knn"] = labels[nearest].mode(dim=1).values
-            for kind, guess in guesses.items():
-                results[f"{kind}_{name}"] = 100 * (guess == test_labels).double().mean().item()
-    for name, show in (shown if classifier else {}).items():
-        guess = collect(lambda x: classifier(show(x)).argmax(dim=1).cpu(), test_images, device)
-        results["recognition" + name] = 100 * (guess == test_labels).double().mean().item()
-    return results | {"code_size": codes[0].numel(), "parameters": sum(w.numel() for w in model.parameters())}
+def evaluate(model, train_images, test_images, device, holes=None):
+    """Measure a model on images (N, C, S, S) uint8 -> the rows of the measure_... functions in one
+    dict. holes: boxes (N, 4) to cut into the test images; None: nothing is hidden."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # figures as on a CPU
+        results = measure_images(model, test_images, device)
+        if holes is not None:
+            mean = sum(part.sum(dim=0) for part in train_images.split(1000)) / len(train_images)
+            mean = mean.to(device) / 255
+            results |= measure_holes(model, test_images, holes, mean, device)
+        return results | measure_codes(model, test_images, device)
 
 
-def train_classifier(images, labels, device, precision, steps=2000):
-    """Train a small classifier on images (N, C, S, S) uint8 and labels (N,) -> a model with (B, K) scores."""
-    layers = [nn.AvgPool2d(max(1, images.shape[2] // 64))]
-    for i, o, k in ((images.shape[1], 32, 2), (32, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1)):
-        layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(k)]
-    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, int(labels.max()) + 1)]
-    model = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05, fused=True)
-    largest = images.shape[2] // 10
-    for step in progress(range(steps), steps, lambda: "training the classifier"):
-        generator = generator_for("cpu", step)
-        picked = torch.randint(len(images), (250,), generator=generator)
-        shift = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
-        x = images[picked.to(images.device)].to(device).roll(shift, dims=(2, 3)).float() / 255
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            scores = model(x.flip(3) if step % 2 else x).float()
-        loss = F.cross_entropy(scores, labels[picked].to(device), label_smoothing=0.1)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0.01)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def code_rows(model, images):
-    """Decode changed codes of images (n, C, S, S) -> {label: images (n, C, S, S)}. walk: the first image's,
-    its first channel from -3 to 3; samples: noise; brush: each with the middle of the next one's."""
-    z = model.encode(images)
+def play(model, x):
+    """Decode changed codes of images (n, C, S, S) -> {name: images (n, C, S, S)}. walk: the first
+    channel of the first image's code from -3 to 3. brush: the middle of the next one's code is
+    painted into each, when codes have places."""
+    z = model.encode(x)
     share = torch.linspace(0, 1, len(z), device=z.device).view(-1, 1, 1, 1)
-    walk, brush, edge = z[:1].repeat(len(z), 1, 1, 1), z.clone(), z.shape[2] // 4
+    walk = z[:1].repeat(len(z), 1, 1, 1)
     walk[:, :1] = 6 * share - 3
-    brush[:, :, edge : 3 * edge, edge : 3 * edge] = z.roll(-1, 0)[:, :, edge : 3 * edge, edge : 3 * edge]
-    codes = dict(walk=walk, interpolation=z[0].lerp(z[-1], share), samples=torch.randn_like(z), brush=brush)
-    return {label: model.decode(code) for label, code in codes.items() if edge or label != "brush"}
+    noise = torch.randn(z.shape, generator=seeded("cpu", 0)).to(z.device)
+    codes = {"walk": walk, "interpolation": z[0].lerp(z[-1], share), "samples": noise}
+    quarter = z.shape[2] // 4
+    if quarter:
+        middle = slice(quarter, 3 * quarter)
+        codes["brush"] = z.clone()
+        codes["brush"][:, :, middle, middle] = z.roll(-1, dims=0)[:, :, middle, middle]
+    return {name: model.decode(code) for name, code in codes.items()}
 
 
-def save_rows(path, rows):
-    """Save a picture: {label: images (n, C, S, S) in [0, 1]}, a labelled row each, small images enlarged."""
+def save_picture(path, rows):
+    """Save {label: images (n, C, S, S) in [0, 1]}, a labelled row each, small images enlarged."""
     strips = []
     for label, images in rows.items():
         tiles = F.interpolate(images.cpu().clamp(0, 1), scale_factor=max(1, 64 // images.shape[3]))
         grid = utils.make_grid(tiles, nrow=len(tiles), pad_value=1)  # (3, H, W)
         caption = Image.new("RGB", (grid.shape[2], 14), "white")
-        ImageDraw.Draw(caption).text((3, 1), label, fill="black")
+        ImageDraw.Draw(caption).text((3, 1), ascii(label)[1:-1], fill="black")
         strips += [TF.to_tensor(caption), grid]
-    TF.to_pil_image(torch.cat(strips, dim=1)).save(path)
+    utils.save_image(torch.cat(strips, dim=1), path)
 
 
 def print_table(tables):
-    """Print {run: what evaluate returns}, a column for each run, and PCA and originals beside them."""
-    pca = dict(psnr="pca_psnr", probe_code="probe_pca", knn_code="knn_pca", recognition="recognition_pca")
-    names = dict.fromkeys(name for table in tables.values() for name in table)
-    one = next(iter(tables.values()))
-    columns = [*tables, f"PCA {one['code_size']}", "originals"]
-    print(" " * 16, *(f"{column:>10}" for column in columns))
-    for name in [name for name in names if name not in (*pca.values(), "recognition_original")]:
-        row = [t.get(name) for t in tables.values()] + [one.get(pca.get(name)), one.get(f"{name}_original")]
-        cells = ("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:,.4g}" for v in row)
-        print(f"{name:16}", *(f"{cell:>{max(10, len(column))}}" for cell, column in zip(cells, columns)))
-
-
-# 7. Training: one loop, one checkpoint, on one device or several --------------------------------------------
-
-def learning_rate(step, steps, peak):
-    """Return the rate of a step: linear warm-up over 100 steps or a tenth, then a cosine to 5 % of peak."""
-    warmup = min(100, steps // 10 + 1)
-    cosine = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
-    return peak * min(1, (step + 1) / warmup) * (0.525 + 0.475 * cosine)
-
-
-class Objective(nn.Module):
-    """The loss that the settings name, as a module for torch.compile and DistributedDataParallel to wrap."""
-
-    def __init__(self, model, config):
-        super().__init__()
-        copied = config.judge in ("ema", "random")  # the other judges are the encoder itself
-        self.model, self.config = model, config
-        self.judge = copy.deepcopy(model.encoder).requires_grad_(False) if copied else None
-
-    def draw(self, shape, generator):
-        """Draw all that is random in a step on images of `shape`: holes or None, T's draw or None, slices."""
-        config = self.config
-        holes = draw_holes(shape, generator, config.hole) if config.masked else None
-        drawn = draw_transform(config.transform, shape, generator, config.crop, config.mask_ratio)
-        return holes, drawn, draw_slices(self.model.norm.num_features, config.slices, generator)
-
-    def forward(self, images, holes, drawn, slices):
-        """Return the loss of images (B, C, S, S) in [0, 1] and its terms by name."""
-        model, config = self.model, self.config
-        holed = cut_holes(images, holes) if config.masked else None
-        if config.objective == "mse":
-            return mse_loss(model, images, holed)
-        judge = freeze(model.encoder) if config.judge == "frozen" else self.judge or model.encoder
-        rest = views(config.transform, drawn), slices, judge, config.sigreg_weight, config.layer_weight
-        return masked_loss(model, images, holed, *rest) if config.masked else stae_loss(model, images, *rest)
-
-
-def train(model, images, config, folder, stored=None, compiled=False):
-    """Train a model on images (N, C, S, S) uint8, on its device or the CPU -> the history, means per epoch.
-    Raises FloatingPointError when one is not finite. stored: a checkpoint to go on from. Order and draws are
-    functions of (seed, epoch, process). Processes average gradients; each has its images, T and SIGReg."""
-    device, many = next(model.parameters()).device, distributed.is_initialized()
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
-    objective = Objective(model, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    history = stored["history"] if stored else []
-    if stored:
-        objective.load_state_dict(stored["objective"])
-        optimizer.load_state_dict(stored["optimizer"])
-    if compiled:
-        objective.compile()
-    wrapped = nn.parallel.DistributedDataParallel(objective) if many else objective
-    count = len(images) // (config.batch_size * world)  # steps of an epoch; a partial batch is dropped
-    for epoch in range(len(history), config.epochs):
-        begun, totals, title = time.perf_counter(), 0.0, f"epoch {epoch + 1}/{config.epochs}"
-        order = torch.randperm(len(images), generator=generator_for("cpu", config.seed, epoch))[rank::world]
-        order = order.to(images.device).split(config.batch_size)
-        generator = generator_for(device, config.seed, epoch, 1 + rank)
-        steps = range(epoch * count, (epoch + 1) * count)
-        model.train()
-        for step, picked in zip(progress(steps, count, lambda: f"{title}  loss {loss.item():.4f}"), order):
-            x = images[picked].to(device).float() / 255
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = wrapped(x, *objective.draw(x.shape, generator))
-            optimizer.param_groups[0]["lr"] = learning_rate(step, config.epochs * count, config.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if config.judge == "ema":
-                for kept, weight in zip(objective.judge.parameters(), model.encoder.parameters()):
-                    kept.lerp_(weight.detach(), 0.001)  # the average of about 1,000 steps
-            terms = {"loss": loss} | terms | {"gradient_norm": norm}
-            totals = totals + torch.stack(list(terms.values())).detach()
-        row = dict(zip(terms, (totals / count).tolist()))  # waits for the device, once an epoch
-        seconds = time.perf_counter() - begun
-        if not all(map(math.isfinite, row.values())):
-            raise FloatingPointError(f"{title}: not finite: {row}; try a lower --lr, in another folder")
-        with torch.no_grad():  # normalised as in training: the running averages lag behind
-            row["min_std"] = min_std(F.batch_norm(model.encoder(x)[0].float(), None, None, training=True))
-        row |= {"seconds": seconds, "images_per_second": count * config.batch_size * world / seconds}
-        history.append({"epoch": epoch + 1} | row)
-        collapse = "the code collapses: try a higher --sigreg-weight" if row["min_std"] < 0.1 else ""
-        print(title, *(f"{name} {value:.4g}" for name, value in row.items()), collapse, sep="  ", flush=True)
-        if rank == 0:
-            state = {"config": vars(config), "history": history, "objective": objective.state_dict()}
-            torch.save(state | {"optimizer": optimizer.state_dict()}, folder / "checkpoint.tmp")
-            os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # atomic
-            lines = [history[0].keys(), *(row.values() for row in history)]
-            (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    return history
-
-
-def load_checkpoint(path):
-    """Read a checkpoint, or a run's folder, from anybody -> the Autoencoder, on the CPU in eval mode; its
-    settings; all that the file holds. A hostile file runs no code and allocates only what it really fills."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    need(path.is_file(), f"{path}: there is no such checkpoint")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        names = (vars(build_parser().parse_args([])).keys() - {*NOT_SETTINGS}) | {"channels", "processes"}
-        config = argparse.Namespace(**{name: stored["config"][name] for name in names})
-        check(config)
-        real = all(w.untyped_storage().nbytes() >= w.nbytes for w in stored["objective"].values())
-        need(real and stored["history"][-1]["images_per_second"] > 0, "bad tensors or history")
-        with torch.device("meta"):
-            objective = Objective(Autoencoder(*(vars(config)[name] for name in SHAPE)), config)
-        objective.load_state_dict(dict(stored["objective"]), assign=True)  # a copy, which torch may mark
-        return objective.model.float().eval(), config, stored
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise BadInput(f"{path}: not a checkpoint of stae.py ({str(error).split('. ')[0]})") from None
-
-
-def load_model(path, device="cpu"):
-    """Return the Autoencoder of a run or checkpoint, in eval mode: model.encode(images), model.decode(z)."""
-    return load_checkpoint(path)[0].to(device)
-
-
-# 8. Command line --------------------------------------------------------------------------------------------
-
-PRESETS = {  # what a data set changes of the defaults; a path starts from those of cifar10
-    "shapes": dict(transform="pixel", width=32, epochs=12, lr=1e-2, batch_size=64),
-    "cifar10": dict(transform="crop", width=64, epochs=15, lr=3e-3, batch_size=128),
-    "celeba": dict(transform="crop", width=128, epochs=50, lr=1e-3, batch_size=128, latent_channels=32),
-}
-NUMBERS = {  # flag: default (of the shapes), least, most, help
-    "--size": (0, 0, 4096, "side to resize images to; 0: as they are, but 64 for a folder, 128 for celeba"),
-    "--validation": (0, 0, 10**9, "test on so many of the last training images instead"),
-    "--hole": (0.35, 0.001, 0.999, "share of the area that --masked hides"),
-    "--mask-ratio": (0.7, 0.001, 1, "share of the pixels, patches or channels that T blackens"),
-    "--layer-weight": (0.0, 0, 1e6, "weight of the judge's inner activations; 10 with --masked"),
-    "--sigreg-weight": (0.03, 0, 1e6, "lambda; halve it when the batch size doubles"),
-    "--slices": (64, 1, 10**5, "directions that SIGReg tests in a step"),
-    "--width": (32, 1, 4096, "channels after the stem; cifar10 64, celeba 128"),
-    "--latent-channels": (8, 1, 4096, "C of a code (C, side/8, side/8); celeba 32"),
-    "--latent-dim": (0, 0, 10**6, "numbers of a global code instead; celeba --masked 128"),
-    "--epochs": (12, 1, 10**6, "passes over the images; cifar10 15, celeba 50"),
-    "--batch-size": (64, 2, 10**6, "images per step, in each process; cifar10 and celeba 128"),
-    "--lr": (1e-2, 1e-9, 1, "peak learning rate; cifar10 0.003, celeba 0.001"),
-    "--seed": (0, 0, 2**63 - 1, "seed of the initial weights and of all draws"),
-}
-SHAPE = ("channels", "width", "latent_channels", "latent_dim", "size")  # settings that make an Autoencoder
-NOT_SETTINGS = ("data", "device", "compile", "out", "eval", "recognition")  # may change when a run goes on
-
-
-def build_parser():
-    """Return the parser of the flags, with the defaults of the shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: need(False, f"{message}; see --help")
-    add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("--dataset", default="shapes", help="shapes, cifar10, celeba, a folder of images, or an .npz")
-    add("--data", default="data", metavar="DIR", help="where cifar10 and celeba are, or are downloaded to")
-    add("--objective", choices=("stae", "mse"), default="stae", help="mse: the plain autoencoder")
-    add("--masked", action="store_true", help="fill a square hole in the images")
-    add("--transform", choices=TRANSFORMS, default="pixel", help="T; crop for other data sets")
-    add("--crop", type=float, nargs=2, default=[0.5, 1.0], metavar=("MIN", "MAX"), help="share of the side")
-    add("--judge", choices=JUDGES, default="frozen", help="encoder, detached or not; its EMA; its first copy")
-    for flag, (default, _, _, text) in NUMBERS.items():
-        add(flag, type=type(default), default=default, help=text)
-    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="in training; bf16 where it is fast")
-    add("--compile", action="store_true", help="compile the objective: slow to start, then faster")
-    add("--out", metavar="DIR", help="folder to write to, or to go on in; else a new one under runs/")
-    add("--eval", nargs="+", metavar="RUN", help="measure runs or checkpoints instead of training")
-    add("--recognition", action="store_true", help="with --eval: a classifier of originals judges too")
-    return parser
-
-
-def preset(args, images=None):
-    """Return what the data, the machine and, once loaded, the images (N, C, S, S) change of the defaults."""
-    row = dict(PRESETS.get(args.dataset, PRESETS["cifar10"]), layer_weight=10.0 if args.masked else 0.0)
-    row |= {"latent_dim": 128} if args.dataset == "celeba" and args.masked else {}
-    cuda = args.device == "cuda" and torch.cuda.is_available()
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    row["precision"] = "bf16" if fast else "fp32"
-    row["processes"] = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is RANK
-    if images is not None:
-        row |= {"channels": images.shape[1], "size": images.shape[2]}
-        row |= {"latent_channels": args.width} if args.latent_dim else {}  # as the author does
-        if args.dataset not in PRESETS:  # at least 1,500 steps
-            row["batch_size"] = max(2, min(128, len(images) // 8))
-            steps = len(images) // (row["batch_size"] * row["processes"])
-            row["epochs"] = max(15, math.ceil(1500 / max(1, steps)))
-    return row
-
-
-def check(args, parser=None):
-    """Raise BadInput for a setting out of range or, given the parser, for a flag that does nothing here."""
-    for flag, (_, low, high, _) in NUMBERS.items():
-        value = getattr(args, flag[2:].replace("-", "_"))
-        need(low <= value <= high, f"{flag} {value}: must be from {low:,} to {high:,}")
-    need(args.size % 8 == 0 and args.size != 8, f"--size {args.size}: the side must divide by 8, from 16")
-    need(0 < args.crop[0] <= args.crop[1] <= 1, f"--crop {args.crop}: must be in (0, 1], the smaller first")
-    need(args.latent_dim or 8 * args.width % args.latent_channels == 0,
-         f"--latent-channels {args.latent_channels}: must divide 8 * --width, {8 * args.width}")
-    if parser:
-        need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none; pass cpu")
-        mse = args.objective == "mse"
-        idle = dict(recognition=True, latent_channels=args.latent_dim, crop=mse or args.transform != "crop")
-        idle |= dict.fromkeys(("transform", "judge", "layer_weight", "sigreg_weight", "slices"), mse)
-        idle |= dict(hole=not args.masked, mask_ratio=mse or args.transform in ("none", "crop", "stack"))
-        if args.eval:  # the runs have their settings; only their data may be others
-            idle = dict.fromkeys(vars(args).keys() - {"dataset", "validation", *NOT_SETTINGS}, True)
-        for name in idle:
-            needless = idle[name] and getattr(args, name) != parser.get_default(name)
-            need(not needless, f"--{name.replace('_', '-')}: has no effect with these settings; leave it out")
-
-
-def open_folder(out, name):
-    """Return --out or, without it, the first of runs/NAME, runs/NAME-2, ... that is not there yet."""
-    folders = (Path("runs", f"{name}-{count}" if count > 1 else name) for count in range(1, 10**6))
-    folder = Path(out) if out else next(folder for folder in folders if not folder.exists())
-    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
-    used = [x for x in "metrics.json comparison.png log.csv checkpoint.pt".split() if (folder / x).exists()]
-    unfinished = name != "eval" and "checkpoint.pt" in used and "metrics.json" not in used
-    need(unfinished or not used, f"--out {folder}: holds {used}; pass another folder, or --eval {folder}")
-    return folder
+    """Print {run: what evaluate returns}, a column for each run."""
+    names = dict.fromkeys(name for results in tables.values() for name in results)
+    width = max(10, *(len(run) for run in tables))
+    print(" " * 17, *(run.rjust(width) for run in tables))
+    for name in names:
+        numbers = [results.get(name) for results in tables.values()]
+        cells = ["" if number is None else f"{number:,.4g}" for number in numbers]
+        print(f"{name:17}", *(cell.rjust(width) for cell in cells))
 
 
 @torch.no_grad()
-def report(runs, splits, folder, classifier=None):
-    """Measure {label: (model, settings, history)}; write comparison.png and metrics.json; print the table."""
-    tables, test_images = {}, splits[1][0]
-    rows = {"originals": test_images[:16].float() / 255}
-    for label, (model, config, history) in runs.items():
-        print(f"measuring {label} on {len(test_images):,} test images", flush=True)
-        torch.manual_seed(0)
-        holes = draw_holes(test_images.shape, generator_for("cpu", 0), config.hole)  # for every run the same
-        tables[label] = evaluate(model, *splits, holes if config.masked else None, classifier)
-        seconds, speed = sum(epoch["seconds"] for epoch in history), history[-1]["images_per_second"]
-        tables[label] |= {"train_seconds": seconds, "images_per_second": speed}
-        x = rows["originals"].to(next(model.parameters()).device)
-        rows[label] = model.decode(model.encode(x))
-        if config.masked:
-            rows[f"holes of {config.hole:g}"] = holed = cut_holes(x, holes[:16].to(x.device))
-            rows[f"{label}, from holes"] = model.decode(model.encode(holed))
-        rows |= code_rows(model, x) if len(runs) == 1 else {}
-    save_rows(folder / "comparison.png", rows)
+def report(runs, train_images, test_images, device, folder):
+    """Measure {run: (model, settings, history)} and PCA; write comparison.png and metrics.json."""
+    tables = {}
+    x = test_images[:16].to(device).float() / 255
+    rows = {"originals": x}
+    for run, (model, settings, history) in runs.items():
+        print(f"measuring {run} on {len(test_images):,} test images", flush=True)
+        model.to(device).eval()
+        rows[run] = model.decode(model.encode(x))
+        holes = None
+        if settings.masked:  # the same holes on every device
+            holes = draw_holes(test_images.shape, seeded("cpu", 0), settings.hole)
+            holed = cut_holes(x, holes[: len(x)].to(device))
+            rows[f"holes of {settings.hole:g}"] = holed
+            rows[f"{run}, from holes"] = model.decode(model.encode(holed))
+        tables[run] = evaluate(model, train_images, test_images, device, holes)
+        tables[run]["parameters"] = sum(weight.numel() for weight in model.parameters())
+        tables[run]["train_seconds"] = sum(row["seconds"] for row in history)
+        tables[run]["images_per_second"] = history[-1]["images_per_second"]
+    for size in sorted({results["code_size"] for results in tables.values()}):
+        if size <= 2048:
+            pca = PCA(train_images, size, device)
+            tables[f"PCA {size}"] = evaluate(pca, train_images, test_images, device)
+        else:
+            print(f"PCA of {size:,} numbers is left out: it would take hours")
+    if len(runs) == 1:
+        rows |= play(model, x)
+    save_picture(folder / "comparison.png", rows)
     print_table(tables)
-    (folder / "metrics.json").write_text(json.dumps(tables if len(runs) > 1 else tables[label], indent=1))
+    (folder / "metrics.json").write_text(json.dumps(tables, indent=1))
     print(f"written to {folder}: comparison.png, metrics.json")
 
 
-def train_command(parser, argv):
-    """Train a run, or go on with it, and measure it."""
-    parser.set_defaults(**preset(parser.parse_args(argv)))
-    args = parser.parse_args(argv)
-    check(args, parser)
-    name = [Path(args.dataset).absolute().stem, *["masked"] * args.masked, args.objective]
-    name += [args.transform, args.judge] * (args.objective == "stae") + [f"s{args.seed}"]
-    folder = open_folder(args.out, "-".join(name))
-    need(args.dataset in PRESETS or Path(args.dataset).resolve() not in (folder / "file").resolve().parents,
-         f"--out {folder}: lies among the images of --dataset; pass another folder")
-    world, rank = args.processes, int(os.environ["RANK"]) if args.processes > 1 else 0
-    if world > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=1))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-        distributed.barrier()  # until the first process has downloaded and decoded
-    splits = load_data(args.dataset, args.data, args.size, args.validation)
-    if world > 1 and not rank:
-        distributed.barrier()
-    images = splits[0][0]
-    if args.device == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        images = images.cuda()
-    parser.set_defaults(**preset(args, images))
-    args = parser.parse_args(argv)
-    args.size = images.shape[2]
-    check(args, parser)
-    need(args.batch_size * world <= len(images), f"--batch-size {args.batch_size}: over {len(images)} images")
-    config = argparse.Namespace(**{k: value for k, value in vars(args).items() if k not in NOT_SETTINGS})
-    stored = load_checkpoint(folder)[2] if (folder / "checkpoint.pt").exists() else None
-    old = stored["config"] if stored else vars(config)
-    differ = [f"{k} {old.get(k)}, here {value}" for k, value in vars(config).items() if old.get(k) != value]
-    need(not differ, f"--out {folder}: holds a run of other settings ({'; '.join(differ)}); pass another")
-    changed = [f"{k} {value}" for k, value in vars(config).items() if value != parser.get_default(k)]
-    print(f"{folder}: {len(images):,} images to train on, {len(splits[1][0]):,} to test on;", *changed)
-    torch.manual_seed(config.seed)
-    model = Autoencoder(*(vars(config)[name] for name in SHAPE))
-    model = model.to(args.device, memory_format=torch.channels_last)
+# 8. Command line ----------------------------------------------------------------------------------
+
+
+def flag(item):
+    """Return the flag of a field of Settings."""
+    return "--" + item.name.replace("_", "-")
+
+
+def parse_flags(argv):
+    """Return the flags, and as a dict the settings among them that were given."""
+
+    def fail(message):
+        raise BadInput(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    for item in fields(Settings):
+        kind = {"type": item.type}
+        if item.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = f"{item.metadata['text']} ({item.default})"
+        parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+    parser.add_argument("--data", metavar="DIR", default="data", help="where cifar10, celeba are")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME-HASH)")
+    parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs or checkpoints")
+    flags = parser.parse_args(argv)
+    names = {item.name for item in fields(Settings)}
+    return flags, {name: value for name, value in vars(flags).items() if name in names}
+
+
+def join_processes(name):
+    """Open the device of this name, "cuda" or "cpu" for None, and meet the other processes that
+    torchrun started -> the device, the rank of this process, their number."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    need(world == 1 or "LOCAL_RANK" in os.environ, "WORLD_SIZE is set: unset it, or use torchrun")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        history = train(model, images, config, folder, stored, args.compile)
-        if rank == 0:
-            report({folder.name: (model.eval(), config, history)}, splits, folder)
-    except (SystemExit, OSError, RuntimeError):  # RuntimeError: out of memory, or no room for a checkpoint
-        start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
-        line = shlex.join(argv if args.out else [*argv, "--out", str(folder)])
-        print(f"\nto resume: {start} stae.py {line}", file=sys.stdout if rank else sys.stderr)
-        raise
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if world > 1 and device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before all else asks CUDA
+        torch.zeros(1, device=device)
+    except Exception as error:  # no such name, driver or card
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from error
+    if world == 1:
+        return device, 0, 1
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # The others wait while the first process decodes, perhaps for hours
+    distributed.init_process_group(backend, timeout=timedelta(days=1))
+    if distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return device, distributed.get_rank(), world
 
 
-def eval_command(parser, argv):
-    """Measure runs side by side, on their own data or, all of them, on what the flags name."""
-    loaded = {path: load_checkpoint(path) for path in parser.parse_args(argv).eval}
-    kinds = set()
-    for _, config, _ in loaded.values():
-        parser.set_defaults(**vars(config))
-        args = parser.parse_args(argv)
-        check(args, parser)
-        kinds.add((args.dataset, args.validation, args.size, args.channels))
-    need(len(kinds) == 1, f"--eval: runs of different data or sizes, {sorted(kinds)}; pass fewer")
-    folder, classifier = open_folder(args.out, "eval"), None
-    splits = load_data(args.dataset, args.data, args.size, args.validation)
-    need(splits[0][0].shape[1] == args.channels, f"--dataset {args.dataset}: needs {args.channels} channels")
-    torch.manual_seed(0)
-    if args.recognition:
-        need(splits[0][1] is not None, f"--recognition: {args.dataset} has no labels; leave it out")
-        classifier = train_classifier(*splits[0], torch.device(args.device), preset(args)["precision"])
+def bf16_is_fast(device):
+    """Return whether the device has arithmetic in bf16, and does not just emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def open_folder(folder):
+    """Make a folder for results. Raises BadInput if something in it would be overwritten."""
+    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
+    names = ("comparison.png", "metrics.json", "log.csv")
+    taken = [name for name in names if (folder / name).exists()]
+    need(not taken, f"--out {folder}: holds {', '.join(taken)}; pass another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    report({path: (model.to(args.device), config, stored["history"])
-            for path, (model, config, stored) in loaded.items()}, splits, folder, classifier)
+
+
+def open_run(folder, settings, data, device):
+    """Make the folder of a run or, if there is a run in it, check that it is the same."""
+    if not (folder / "checkpoint.pt").exists():
+        open_folder(folder)
+        if settings.precision == "auto":
+            settings.precision = "bf16" if bf16_is_fast(device) else "fp32"
+        print(f"{folder}: a new run; another setting or an edited stae.py makes another")
+        return
+    _, old, stored = load_checkpoint(folder)
+    if settings.precision == "auto":
+        settings.precision = old.precision  # perhaps that of another machine
+    here = asdict(settings)
+    differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
+    need(not differ, f"--out {folder}: is another run ({'; '.join(differ)}); pass another folder")
+    same = data in (None, stored["data"])
+    need(same, f"--out {folder}: its images have changed since; pass another folder")
+    print(f"{folder}: goes on after step {stored['history'][-1]['step']:,} of {old.steps:,}")
+
+
+def train_run(flags, given):
+    """Train a run, or go on with it, and measure it."""
+    settings = choose_settings(given)
+    device, rank, world = join_processes(flags.device)
+    if rank > 0:
+        distributed.barrier()  # until the first process has downloaded what is missing
+    data = load_data(settings.dataset, flags.data, settings.size, rank, world)
+    if world > 1 and rank == 0:
+        distributed.barrier()
+    images, test_images = data[0].images, data[1].images
+    count, side = len(images), images.shape[2]
+    fits = max(16, 8 * math.ceil(side / 8))
+    need(side == fits, f"images of {side} x {side} pixels: pass --size {fits}")
+    need(count > 1, f"--dataset {settings.dataset}: {count} image is too few to train on")
+    settings.size = side
+    folder = Path(flags.out) if flags.out else run_folder(settings)
+    inside = Path(settings.dataset).resolve() in folder.resolve().parents
+    need(not inside, f"--out {folder}: lies among the images of --dataset; pass another folder")
+    open_run(folder, settings, fingerprint(images) if rank == 0 else None, device)
+    print(f"{count:,} images to train on, on {device}: {settings}")
+    on_device = images
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        on_device = images.to(device)
+    model, history = train(settings, on_device, device, folder, rank, world)
+    if rank == 0:
+        report({folder.name: (model, settings, history)}, images, test_images, device, folder)
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def compare_runs(flags, given):
+    """Measure runs side by side, on their own data or on --dataset."""
+    needless = given.keys() - {"dataset"}
+    need(not needless, f"--eval: {sorted(needless)} come from the runs; leave them out")
+    device, _, world = join_processes(flags.device)
+    need(world == 1, "--eval: measures in one process; start it without torchrun")
+    runs, kinds, trained_on = {}, set(), {}
+    for path in flags.eval:
+        model, settings, stored = load_checkpoint(path)
+        unfinished = stored["history"][-1]["step"] < settings.steps
+        label = f"{path} (unfinished)" if unfinished else path
+        runs[label] = model, settings, stored["history"]
+        trained_on[label] = stored["data"]
+        dataset = given.get("dataset", settings.dataset)
+        kinds.add((dataset, settings.size, stored["channels"]))
+    need(len(kinds) == 1, f"--eval: {sorted(kinds)} are different data; pass --dataset, or fewer")
+    dataset, size, channels = kinds.pop()
+    images, test_images = (split.images for split in load_data(dataset, flags.data, size))
+    fine = images.shape[1] == channels
+    need(fine, f"--dataset {dataset}: has {images.shape[1]} channels, not {channels}")
+    for label, data in trained_on.items():
+        if not given and data != fingerprint(images):
+            print(f"{label}: was trained on other images than those there now, {data}")
+    folder = Path(flags.out or "runs/eval")
+    while folder.exists() and not flags.out:
+        number = int(folder.name.partition("-")[2] or 1) + 1
+        folder = Path("runs", f"eval-{number}")
+    open_folder(folder)
+    report(runs, images, test_images, device, folder)
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 for a failure, 2 for bad input; 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    """Run the command line -> exit code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen cannot show all file names
     try:
-        parser = build_parser()
-        (eval_command if parser.parse_args(argv).eval else train_command)(parser, argv)
+        flags, given = parse_flags(argv)
+        if flags.eval:
+            compare_runs(flags, given)
+        else:
+            train_run(flags, given)
         return 0
-    except (BadInput, FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as error:
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        # torch has no class of its own for a full disk, nor for a full memory of the CPU
+        known = "memory" in str(error) or "write failed" in str(error)
+        if isinstance(error, RuntimeError) and not known:
+            raise
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # nobody reads it: Python must not try once more
         return 2 if isinstance(error, BadInput) else 1
 
 
