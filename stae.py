@@ -34,6 +34,7 @@ Ours: larger crops, mirrored and turned; the scale of d; the norm of the code; i
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -523,7 +524,7 @@ def read_cifar10(root):
     """Read CIFAR-10 in `root`; torchvision downloads it unless it is there."""
     splits = []
     for train in (True, False):
-        with reading(root):
+        with reading(f"{root}/cifar-10-batches-py, downloaded unless it is there"):
             stored = datasets.CIFAR10(root, train=train, download=True)
         images = torch.from_numpy(stored.data).permute(0, 3, 1, 2)
         splits.append(Split(images, torch.tensor(stored.targets)))
@@ -576,7 +577,7 @@ def find_files(folder, above=()):
     for path in sorted(folder.iterdir()):
         if path.name[0] == "." or path.name in ("@eaDir", "__MACOSX"):
             yield path, "hidden"
-        elif path.resolve() in above:
+        elif path.is_dir() and path.resolve() in above:
             yield path, "a link in a circle"
         elif path.is_dir():
             yield from find_files(path, above)
@@ -609,16 +610,18 @@ def list_folder(folder):
         elif part == tests[0]:
             part = "test"
         elif part != "train":
-            left_out.setdefault("neither to train nor to test on", []).append(name)
+            left_out.setdefault("in neither split", []).append(name)
         parts.setdefault(part, []).append(name)
     train, test = parts["train"], parts["test"]
     if not train or not test:
         train, test = (train + test)[1:], (train + test)[:1]
 
-    found = f"{tests[0]}/" if tests else "no train/ beside a test/, so a tenth"
-    print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on ({found})")
+    found = (
+        f"from train/ and {tests[0]}/" if tests else "without train/ and test/: a tenth held out"
+    )
+    print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on, {found}")
     for reason, files in left_out.items():
-        print(f"left out {len(files):,}, {reason}, the first is {files[0]}")
+        print(f"left out {len(files):,}: {reason}; the first is {files[0]}")
     need(train, f"--dataset {folder}: holds no two images")
     return [Split([folder / name for name in part]) for part in (train, test)]
 
@@ -676,7 +679,7 @@ def resize(images, size):
     side = min(images.shape[2:])
     if images.shape[2:] == (size or side, size or side):
         return images
-    print(f"{tuple(images.shape[2:])} pixels: cut to {side}, resized to {size or side}")
+    print(f"images of {tuple(images.shape[2:])} pixels: cut to {side}, resized to {size or side}")
     parts = TF.center_crop(images, [side, side]).split(1000)  # resizing works in floats
     return torch.cat([TF.resize(part, [size or side] * 2) for part in parts])
 
@@ -702,21 +705,21 @@ class Settings:
     objective: str = setting("stae", "mse: the plain autoencoder", ("stae", "mse"))
     masked: bool = setting(False, "fill a hole in the images")
     hole: float = setting(0.35, "share of the area that the hole takes", (0.001, 0.999))
-    transform: str = setting("pixel", "T; crop for all other data", TRANSFORMS)
+    transform: str = setting("pixel", "T", TRANSFORMS)
     crop_min: float = setting(0.5, "least share of the side that a crop takes", (0.001, 1))
     crop_max: float = setting(1.0, "largest share of the side that a crop takes", (0.001, 1))
-    turn: bool = setting(False, "mirror and turn crops; all other data, unless masked, do")
+    turn: bool = setting(False, "mirror and turn crops by the symmetries of the square")
     mask_ratio: float = setting(0.7, "share of the image that a mask blackens", (0.001, 0.999))
     judge: str = setting("frozen", "the encoder, detached or not", ("frozen", "live"))
-    layer_weight: float = setting(0.0, "weight of inner activations; masked 10", (0, 1e6))
+    layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
     sigreg_weight: float = setting(0.03, "lambda; halve it when the batch doubles", (0, 1e6))
     slices: int = setting(16, "directions that SIGReg tests in a step", (1, 10**5))
-    width: int = setting(32, "channels after the stem; cifar10 64, celeba 128", (1, 4096))
-    latent_channels: int = setting(8, "C of a code (C, side/8, side/8); celeba 32", (1, 4096))
-    latent_dim: int = setting(0, "numbers of a global code; masked celeba 128", (0, 10**6))
-    steps: int = setting(1875, "batches to train on; cifar10 5760, celeba 63000", (1, 10**9))
-    batch_size: int = setting(64, "images per step and process; all other data 128", (2, 10**6))
-    lr: float = setting(1e-2, "peak learning rate; cifar10 0.003, celeba 0.001", (1e-9, 1))
+    width: int = setting(32, "channels after the stem", (1, 4096))
+    latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
+    latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
+    steps: int = setting(1875, "batches to train on", (1, 10**9))
+    batch_size: int = setting(64, "images per step, in each process", (2, 10**6))
+    lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
     seed: int = setting(0, "seed of the initial weights and of all draws", (0, 2**32 - 1))
     precision: str = setting("auto", "bf16 where it is fast", ("auto", "fp32", "bf16"))
 
@@ -737,27 +740,30 @@ class Settings:
 
 
 CROPS = dict(transform="crop", turn=True, batch_size=128, steps=5760)
-PRESETS = {  # what a data set changes of the defaults; a folder or an .npz has those of cifar10
+PRESETS = {  # what changes of the defaults; a folder or an .npz has the preset of cifar10
     "shapes": {},
     "cifar10": dict(CROPS, width=64, lr=3e-3),
     "celeba": dict(CROPS, width=128, lr=1e-3, steps=63_000, latent_channels=32),
+    "--masked": dict(layer_weight=10.0, turn=False),
+    "celeba --masked": dict(latent_dim=128),
 }
 
 
 def choose_settings(given):
-    """Return the Settings: the defaults, then what the data set changes, then the given ones."""
+    """Return the Settings: the defaults, then what the presets change, then the given ones."""
     dataset = given.get("dataset", "shapes")
-    changes = dict(PRESETS.get(dataset, PRESETS["cifar10"]))
-    if dataset not in PRESETS:
-        given = {**given, "dataset": os.path.abspath(dataset)}  # found from any other folder
+    presets = [dataset if dataset in PRESETS else "cifar10"]
     if given.get("masked"):
-        changes.update(layer_weight=10.0, turn=False)
-        if dataset == "celeba":
-            changes["latent_dim"] = 128
-    settings = Settings(**{**changes, **given})
-    if settings.latent_dim and "latent_channels" not in given:
-        settings.latent_channels = settings.width  # as the author does
-    return settings
+        presets += ["--masked", f"{dataset} --masked"]
+    values = {}
+    for preset in presets:
+        values |= PRESETS.get(preset, {})
+    values |= given
+    if dataset not in PRESETS:
+        values["dataset"] = os.path.abspath(dataset)  # found from any other folder
+    if values.get("latent_dim") and "latent_channels" not in given:
+        values["latent_channels"] = values.get("width", Settings.width)  # as the author does
+    return Settings(**values)
 
 
 def run_folder(settings):
@@ -902,13 +908,14 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         "optimizer": optimizer.state_dict(),
         "history": history,
     }
+    buffer = io.BytesIO()  # torch hides the error of a full disk, Path does not
+    torch.save(state, buffer)
     partial = folder / "checkpoint.partial"
     try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
+        partial.write_bytes(buffer.getbuffer())
         partial.replace(folder / "checkpoint.pt")
     finally:
-        partial.unlink(missing_ok=True)  # half of it would fill a full disk
+        partial.unlink(missing_ok=True)  # half of it would keep the disk full
     with open(folder / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
@@ -948,11 +955,12 @@ class PCA:
 
     def __init__(self, images, numbers, device):
         some = images[:: 1 + images.numel() // 2**29]
-        x = some.to(device).flatten(1).float() / 255
-        self.shape, self.mean = images.shape[1:], x.mean(dim=0)
+        solver = device if torch.device(device).type == "cuda" else "cpu"  # others lack QR
+        x = some.to(solver).flatten(1).float() / 255
         torch.manual_seed(0)  # of random projections; niter=2, torch's default, is inaccurate
-        _, spread, self.axes = torch.pca_lowrank(x, min(numbers, *x.shape), niter=8)
-        self.scale = spread / len(x) ** 0.5 + 1e-6
+        _, spread, axes = torch.pca_lowrank(x, min(numbers, *x.shape), niter=8)
+        self.shape, self.mean = images.shape[1:], x.mean(dim=0).to(device)
+        self.axes, self.scale = axes.to(device), (spread / len(x) ** 0.5 + 1e-6).to(device)
 
     def encode(self, images):
         code = (images.flatten(1) - self.mean) @ self.axes / self.scale
@@ -1150,11 +1158,16 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     for item in fields(Settings):
-        kind = {"type": item.type}
+        text = f"{item.metadata['text']} ({item.default}"
+        for preset, values in PRESETS.items():
+            if item.name in values:
+                text += f", {preset} {values[item.name]}"
+        kind = {"type": item.type, "choices": item.metadata["allowed"]}
         if item.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{item.metadata['text']} ({item.default})"
-        parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text, **kind)
+        elif item.type is not str:
+            kind["choices"] = None
+        parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text + ")", **kind)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     parser.add_argument("--data", metavar="DIR", default="data", help="where cifar10, celeba are")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME-HASH)")
@@ -1168,7 +1181,8 @@ def join_processes(name):
     """Open the device of this name, "cuda" or "cpu" for None, and meet the other processes that
     torchrun started -> the device, the rank of this process, their number."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    need(world == 1 or "LOCAL_RANK" in os.environ, "WORLD_SIZE is set: unset it, or use torchrun")
+    fine = world == 1 or {"RANK", "LOCAL_RANK"} <= os.environ.keys()
+    need(fine, f"WORLD_SIZE is {world}, without RANK or LOCAL_RANK: unset it, or use torchrun")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if world > 1 and device.type == "cuda":
@@ -1298,10 +1312,8 @@ def main(argv=None):
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        # torch has no class of its own for a full disk, nor for a full memory of the CPU
-        known = "memory" in str(error) or "write failed" in str(error)
-        if isinstance(error, RuntimeError) and not known:
-            raise
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # only of memory that is full, for which torch has no class of its own on a CPU
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # nobody reads it: Python must not try once more
