@@ -456,8 +456,8 @@ def reading(path):
 
 
 def seeded(device, *key):
-    """Return a random generator on `device` that is seeded by the integers in `key`. All keys of a
-    device have one length, since numpy takes (0, 0) and (0, 0, 0) for the same."""
+    """Return a random generator on `device` that is seeded by the integers in `key`. Keys must not
+    differ by zeros at their end alone: to numpy (0, 1) and (0, 1, 0) are the same."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed))
 
@@ -616,9 +616,9 @@ def list_folder(folder):
     if not train or not test:
         train, test = (train + test)[1:], (train + test)[:1]
 
-    found = (
-        f"from train/ and {tests[0]}/" if tests else "without train/ and test/: a tenth held out"
-    )
+    found = "a tenth held out, without a train/ and a test/"
+    if tests:
+        found = f"from train/ and {tests[0]}/"
     print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on, {found}")
     for reason, files in left_out.items():
         print(f"left out {len(files):,}: {reason}; the first is {files[0]}")
@@ -1102,8 +1102,8 @@ def print_table(tables):
     width = max(10, *(len(run) for run in tables))
     print(" " * 17, *(run.rjust(width) for run in tables))
     for name in names:
-        numbers = [results.get(name) for results in tables.values()]
-        cells = ["" if number is None else f"{number:,.4g}" for number in numbers]
+        numbers = [results.get(name, "") for results in tables.values()]
+        cells = [f"{n:,.4g}" if isinstance(n, float) else str(n) for n in numbers]
         print(f"{name:17}", *(cell.rjust(width) for cell in cells))
 
 
@@ -1233,7 +1233,8 @@ def open_run(folder, settings, data, device):
     need(not differ, f"--out {folder}: is another run ({'; '.join(differ)}); pass another folder")
     same = data in (None, stored["data"])
     need(same, f"--out {folder}: its images have changed since; pass another folder")
-    print(f"{folder}: goes on after step {stored['history'][-1]['step']:,} of {old.steps:,}")
+    done = stored["history"][-1]["step"]
+    print(f"{folder}: {done:,} of {old.steps:,} steps are done; goes on from there")
 
 
 def train_run(flags, given):
@@ -1252,7 +1253,8 @@ def train_run(flags, given):
     need(count > 1, f"--dataset {settings.dataset}: {count} image is too few to train on")
     settings.size = side
     folder = Path(flags.out) if flags.out else run_folder(settings)
-    inside = Path(settings.dataset).resolve() in folder.resolve().parents
+    among = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
+    inside = among and settings.dataset not in PRESETS
     need(not inside, f"--out {folder}: lies among the images of --dataset; pass another folder")
     open_run(folder, settings, fingerprint(images) if rank == 0 else None, device)
     print(f"{count:,} images to train on, on {device}: {settings}")
