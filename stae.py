@@ -15,11 +15,12 @@ The judge J is the encoder itself. Its weights are constants for the step, or it
 overlook errors: gradient reaches the decoder through x_hat, and the encoder only through z. No
 pixel of x_hat is ever compared with one of x. SIGReg pulls the codes towards N(0, I), so that they
 do not collapse. Without T the pair may end in a private language: images that mean the same to the
-encoder and look wrong to us. One training step:
+encoder and look wrong to us. One training step, with a generator on the device of the images:
 
     transform = draw_transform("crop", images.shape, generator)
     slices = draw_slices(8, 16, generator)  # for codes of 8 channels
     loss, terms = stae_loss(model, images, transform, slices, freeze(model.encoder))
+    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
@@ -91,7 +92,7 @@ class Up(nn.Module):
 class Encoder(nn.Module):
     """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or
     (B, n, 1, 1), then inner activations (B, 2w, H/4, W/4); not those of the stem, which are nearly
-    a linear image of the pixels. The norm of the code is in Autoencoder: it sees whole images."""
+    a linear function of the pixels. The norm of the code is not here: it must not see T(x)."""
 
     def __init__(self, channels, width, latent_channels, latent_dim=0, size=32):
         super().__init__()
@@ -119,7 +120,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.size = size
         self.encoder = Encoder(channels, width, latent_channels, latent_dim, size)
-        # Not affine: a learned scale would fight SIGReg. New features have a variance of about 1e-5
+        # Not affine: a learned scale would fight SIGReg. New features have a variance of only 1e-5
         self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False, eps=1e-8)
         layers = [Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)]
         if latent_dim:
@@ -182,7 +183,7 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
     crop: a box of crop_range of the side, enlarged to full size and, if turn, mirrored and turned.
     pixel, patch (4x4): round(mask_ratio * places) of them black, the same in all channels.
     channel: each black with probability mask_ratio. stack: the whole image and five filters of it;
-    nothing is random. Another name or a share that is none is a ValueError."""
+    nothing is random. Raises ValueError for another name or an impossible share."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
     if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio <= 1):
@@ -196,7 +197,7 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
         boxes = draw_boxes(shape, generator, *crop_range)
         if not turn:
             return [(1.0, lambda x: crop(x, boxes))]
-        # A judge without a preferred direction is blind to less, as in E-LPIPS, arXiv 1906.03973
+        # A judge that was turned all ways overlooks no direction; as in E-LPIPS, arXiv 1906.03973
         kinds = 8 if shape[2] == shape[3] else 4
         symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
         return [(1.0, lambda x: apply_symmetries(crop(x, boxes), symmetries))]
@@ -209,12 +210,12 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
 
 
 def draw_mask(shape, generator, ratio, cell):
-    """Draw a mask (B, 1, H, W): 0 in exactly round(ratio * count) of its cell x cell squares."""
+    """Draw a mask (B, 1, H, W): 0 in round(ratio * count) of its cell x cell squares, never all."""
     rows, columns = shape[2] // cell, shape[3] // cell
     count = rows * columns
     uniform = torch.rand(shape[0], count, device=generator.device, generator=generator)
-    # Ranks of random numbers: so many of them are below a limit, whatever was drawn
-    keep = uniform.argsort(dim=1) >= round(ratio * count)
+    # Ranks, not the numbers themselves: so many are below a limit, whatever was drawn
+    keep = uniform.argsort(dim=1) >= min(round(ratio * count), count - 1)
     keep = keep.view(-1, 1, rows, columns).float()
     return keep.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
@@ -249,7 +250,7 @@ def crop(images, boxes):
 
 def apply_symmetries(images, symmetries):
     """Mirror and turn images (B, C, H, W) by symmetries (B,): 0 to 7, or to 3 where H is not W."""
-    bits = [(symmetries >> bit & 1).bool()[:, None, None, None] for bit in range(3)]
+    bits = [((symmetries >> bit) & 1).bool()[:, None, None, None] for bit in range(3)]
     images = torch.where(bits[0], images.flip(3), images)
     images = torch.where(bits[1], images.flip(2), images)
     square = images.shape[2] == images.shape[3]
@@ -323,7 +324,7 @@ def cut_holes(images, holes):
     return images.lerp(mean, hole_mask(holes, images))
 
 
-# 4. Objective: losses of images, of what was drawn, and of any model that has these three ---------
+# 4. Objective: the losses. They work with any model that has --------------------------------------
 #     model.encode(images) -> code (B, D) or (B, C, h, w), of about N(0, 1) in each channel
 #     model.decode(code) -> images in [0, 1], of the input's shape
 #     model.encoder(images) -> what is judged: features like a code, or a list of these and of inner
@@ -334,7 +335,7 @@ def freeze(encoder):
     """Return the encoder as a judge: a fixed function; gradient passes through it to its input.
 
     It runs in eval mode, so that a BatchNorm or a dropout of a foreign encoder does the same to
-    both images. Make it anew in each step: it has no weights of its own and follows the encoder's.
+    both images. Call freeze in each step: the weights stay those of the encoder, which move on.
     Activation checkpointing inside of the encoder must be use_reentrant=False."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
     # Copies, since a later call in train mode moves averages that the backward pass still needs
@@ -363,14 +364,14 @@ def distance(target, seen, layer_weight=0.0):
     if torch.is_tensor(target):
         target, seen = [target], [seen]
     shape = tuple(target[0].shape)
-    if len(shape) not in (2, 4) or target[0].numel() == shape[1]:
+    if len(shape) not in (2, 4) or target[0].numel() == shape[1] or seen[0].shape != shape:
         raise ValueError(f"features {shape}: need (B, D), B > 1, or (B, C, h, w); pool tokens")
     if layer_weight and len(target) < 2:
         raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
     features, seen_features = target[0].float(), seen[0].float()
     all_but_channels = [dim for dim in range(len(shape)) if dim != 1]
-    # 1e-6 is small beside the variances of new features, 1e-5 to 1e-3. Not detached: a live judge
-    # would otherwise shrink its features below it
+    # New features have variances of 1e-5 to 1e-3. Not detached: else a live judge could lower the
+    # loss by shrinking its features until 1e-6 counts
     variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
     total = ((seen_features - features).square() / (variance + 1e-6)).mean()
     if layer_weight:
@@ -789,7 +790,7 @@ def learning_rate(step, steps, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
-    return peak * (0.525 + 0.475 * math.cos(math.pi * progress))
+    return peak * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def draw_batches(images, settings, first, rank):
@@ -840,7 +841,7 @@ def train(settings, images, device, folder, rank=0, world=1):
 
     The images of a step and all that is drawn in it are functions of the seed, the step and the
     process, so a run that goes on from its last checkpoint ends as if nothing had happened. The
-    processes of torchrun share their gradients alone: batch, T, slices and SIGReg are their own."""
+    processes of torchrun average their gradients; batch, T, slices and SIGReg are their own."""
     need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
     torch.manual_seed(settings.seed)
     model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
@@ -861,7 +862,8 @@ def train(settings, images, device, folder, rank=0, world=1):
     totals, window = 0.0, first
     for step, batch in draw_batches(images, settings, first, rank):
         x = batch.to(device).float() / 255
-        model.norm.momentum = max(0.1, 1 / (step + 1))  # or short runs average their beginning
+        # Plain means at first: running averages start at a variance of 1, features at 1e-5
+        model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss, terms = objective(x, seeded(device, settings.seed, step, rank, 1))
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
@@ -1162,11 +1164,11 @@ def parse_flags(argv):
         for preset, values in PRESETS.items():
             if item.name in values:
                 text += f", {preset} {values[item.name]}"
-        kind = {"type": item.type, "choices": item.metadata["allowed"]}
+        kind = {"type": item.type}
         if item.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif item.type is not str:
-            kind["choices"] = None
+        elif item.type is str:
+            kind["choices"] = item.metadata["allowed"]
         parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text + ")", **kind)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     parser.add_argument("--data", metavar="DIR", default="data", help="where cifar10, celeba are")
@@ -1223,7 +1225,7 @@ def open_run(folder, settings, data, device):
         open_folder(folder)
         if settings.precision == "auto":
             settings.precision = "bf16" if bf16_is_fast(device) else "fp32"
-        print(f"{folder}: a new run; another setting or an edited stae.py makes another")
+        print(f"{folder}: a new run")
         return
     _, old, stored = load_checkpoint(folder)
     if settings.precision == "auto":
@@ -1253,6 +1255,8 @@ def train_run(flags, given):
     need(count > 1, f"--dataset {settings.dataset}: {count} image is too few to train on")
     settings.size = side
     folder = Path(flags.out) if flags.out else run_folder(settings)
+    if not flags.out:
+        print("The run is named by its settings and by stae.py: an edit of either makes another.")
     among = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
     inside = among and settings.dataset not in PRESETS
     need(not inside, f"--out {folder}: lies among the images of --dataset; pass another folder")
@@ -1311,7 +1315,7 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from its last checkpoint", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
