@@ -849,8 +849,9 @@ def train(settings, images, device, folder, rank=0, world=1):
     history, first = [], 0
     if (folder / "checkpoint.pt").exists():
         stored = load_checkpoint(folder)[2]
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
+        with reading(f"{folder}, to go on with it,"):
+            model.load_state_dict(stored["model"])
+            optimizer.load_state_dict(stored["optimizer"])
         history = stored["history"]
         first = history[-1]["step"]
     objective = Objective(model, settings)
@@ -1101,12 +1102,12 @@ def save_picture(path, rows):
 def print_table(tables):
     """Print {run: what evaluate returns}, a column for each run."""
     names = dict.fromkeys(name for results in tables.values() for name in results)
-    width = max(10, *(len(run) for run in tables))
-    print(" " * 17, *(run.rjust(width) for run in tables))
+    widths = [max(10, len(run)) for run in tables]
+    print(" " * 17, *(run.rjust(width) for run, width in zip(tables, widths)))
     for name in names:
         numbers = [results.get(name, "") for results in tables.values()]
         cells = [f"{n:,.4g}" if isinstance(n, float) else str(n) for n in numbers]
-        print(f"{name:17}", *(cell.rjust(width) for cell in cells))
+        print(f"{name:17}", *(cell.rjust(width) for cell, width in zip(cells, widths)))
 
 
 @torch.no_grad()
