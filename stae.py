@@ -206,7 +206,7 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
         keep = (uniform >= mask_ratio).float()
     else:
         keep = draw_mask(shape, generator, mask_ratio, cell=4 if name == "patch" else 1)
-    return [(1.0, lambda x: x * keep)]
+    return [(1.0, lambda x: x * keep.to(x.dtype))]
 
 
 def draw_mask(shape, generator, ratio, cell):
@@ -279,7 +279,7 @@ def find_edges(images):
     with torch.autocast(images.device.type, enabled=False):
         slopes = F.conv2d(grey.float(), kernels)  # (B, 2, H, W)
     edges = (slopes.square().sum(dim=1, keepdim=True) + 1e-4).sqrt() - 1e-2  # not steep at 0
-    return scale_to_one(edges.expand_as(images))
+    return scale_to_one(edges.to(images.dtype).expand_as(images))
 
 
 def high_pass(images):
@@ -548,7 +548,7 @@ def read_npz(path):
         fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and len(x) > 0
         need(fine, f"{path}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3); found {found}")
         if y is not None:
-            fine = y.dtype.kind in "iu" and y.size == len(y) == len(x)
+            fine = y.dtype.kind in "iu" and y.shape in (x.shape[:1], (len(x), 1))
             need(fine, f"{path}: {y_name} must be {len(x)} integers; found {found}")
             y = torch.from_numpy(y.reshape(-1).astype(np.int64))
         splits.append(Split(torch.from_numpy(x).permute(0, 3, 1, 2), y))
@@ -902,7 +902,7 @@ def print_row(row, steps, left):
 
 
 def save_checkpoint(folder, settings, model, optimizer, history, data):
-    """Write checkpoint.pt, whole or not at all, and log.csv, the history to read or plot."""
+    """Write checkpoint.pt, whole or not at all, and log.csv."""
     state = {
         "settings": asdict(settings),
         "channels": model.encoder.stem.in_channels,
@@ -919,6 +919,11 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         partial.replace(folder / "checkpoint.pt")
     finally:
         partial.unlink(missing_ok=True)  # half of it would keep the disk full
+    write_log(folder, history)
+
+
+def write_log(folder, history):
+    """Write log.csv, the history of a run to read or plot."""
     with open(folder / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
@@ -939,7 +944,8 @@ def load_checkpoint(path):
             model = new_model(settings, stored["channels"])
         model.load_state_dict(dict(stored["model"]), assign=True)
         finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
-        need(finite and stored["history"], "its weights are not finite, or it has no history")
+        need(finite, "its weights are not finite")
+        need(stored["data"] and stored["history"], "it has no history")
         return model.float().eval(), settings, stored
 
 
@@ -1268,6 +1274,7 @@ def train_run(flags, given):
         on_device = images.to(device)
     model, history = train(settings, on_device, device, folder, rank, world)
     if rank == 0:
+        write_log(folder, history)  # in case that the run had stopped just before
         report({folder.name: (model, settings, history)}, images, test_images, device, folder)
     if world > 1:
         distributed.destroy_process_group()
