@@ -34,10 +34,6 @@ NEAR = {"atol": 2e-5, "rtol": 1e-4}
 SHAPE = 6, 3, 16, 16
 
 
-def fault(*values, reason):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -345,14 +341,10 @@ def test_any_model_learns():
     assert losses[-1] < 0.8 * losses[0]
 
 
-MIXED = "masks and edges are float32 whatever the images are: the encoder meets another type"
-MIXED = [fault(case, reason=MIXED) for case in ("float64 stack", "bfloat16 pixel")]
-
-
-@each("case", ["float64 pixel", "float64 crop", "bfloat16 none", "bfloat16 crop", *MIXED])
-def test_a_model_of_another_precision_takes_a_step(case):
-    kind, name = case.split()
-    model, x = tiny_model().to(getattr(torch, kind)), uniform(*SHAPE).to(getattr(torch, kind))
+@each("name", stae.TRANSFORMS)
+@each("kind", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_precision_takes_a_step(kind, name):
+    model, x = tiny_model().to(kind), uniform(*SHAPE).to(kind)
     transform = stae.draw_transform(name, x.shape, generator(), turn=True)
     rest = transform, stae.draw_slices(4, 8, generator()), stae.freeze(model.encoder)
     stae.masked_loss(model, x, with_holes(x), *rest)[0].backward()
@@ -472,7 +464,7 @@ BAD_NPZ = [  # what is changed of a good one, and what the error says
     (dict(x_test=None, x_val=ZEROS), r"needs x_test.*x_val uint8 \(10, 16"),
     (dict(y_test=None), r"do not match.*y_train int64 \(24,\)"),
     (dict(y_test=np.arange(5)), "y_test must be 10 integers.*int64 .5,"),
-    fault(dict(y_test=np.int64(3)), "y_test must be 10 integers", reason="TypeError: len() of 0-d"),
+    (dict(y_test=np.int64(3)), r"y_test must be 10 integers.*int64 \(\)"),
     (dict(x_test=ZEROS / 255), "must be uint8.*x_test float64"),
     (dict(x_test=ZEROS[..., :2]), r"must be uint8.*\(10, 16, 16, 2\)"),
     (dict(x_test=ZEROS[:0]), r"must be uint8.*\(0, 16, 16, 3\)"),
@@ -516,12 +508,12 @@ def test_images_of_all_kinds_are_decoded(here):
 
 
 def test_a_large_jpeg_is_decoded_as_well_at_a_part_of_its_size(here):
-    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8))
-    large = coarse.resize((2048, 1536), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
+    large = coarse.resize((512, 384), Image.Resampling.BICUBIC)
     large.save("large.jpg", quality=95)
     found = stae.read_images(["large.jpg"], 32)[0][0].permute(1, 2, 0)
-    expected = np.asarray(large.resize((32, 32), Image.Resampling.BILINEAR, (256, 0, 1792, 1536)))
-    assert np.abs(found.numpy() - expected.astype(int)).mean() < 1
+    expected = np.asarray(large.resize((32, 32), Image.Resampling.BILINEAR, (64, 0, 448, 384)))
+    assert np.abs(found.numpy() - expected.astype(int)).mean() < 0.8
 
 
 def test_what_is_no_picture_in_a_folder_is_left_out_and_told(here, capsys):
@@ -541,7 +533,8 @@ def test_what_is_no_picture_in_a_folder_is_left_out_and_told(here, capsys):
     assert "left out 1: a link in a circle; the first is deep/circle" in said
     assert re.search(r"left out 1: no picture .*\(.heic\); the first is h.heic", said)
     assert "left out 1 that cannot be read, the first is photos/t.jpg" in said
-    assert stae.read_images(["photos/t.jpg", "photos/a.png"], 16)[1].tolist() == [False, True]
+    images, readable = stae.read_images(["photos/t.jpg", "elsewhere/g.png"], 16)
+    assert images.unique().tolist() == [100] and readable.tolist() == [False, True]
 
 
 @each("first, second", [("train", "test"), ("Train", "VALID"), ("train", "val")])
@@ -563,7 +556,7 @@ def test_new_images_move_no_old_one_between_the_splits(here):
     splits = []
     for count in (2, 60, 120):
         for index in range(count):
-            paint(here / "photos" / f"{index}.png", index)
+            paint(here / "photos" / f"{index % 7}-{index}.png", index)
         splits.append([set(split.images) for split in stae.list_folder(here / "photos")])
     (few, one), (train, test), (more_train, more_test) = splits
     assert len(few) == len(one) == 1 and len(more_train | more_test) == 120
@@ -641,7 +634,7 @@ STOPS = [  # flags, and in which call of what the run is stopped
     ("--objective mse", torch, "save", 2),
     ("--masked --objective mse", Path, "replace", 2),
     ("--transform stack", stae, "report", 1),
-    fault("", stae.csv, "DictWriter", 3, reason="a log that was not written never comes"),
+    ("", stae.csv, "DictWriter", 3),
 ]
 
 
@@ -860,7 +853,7 @@ def test_ssim_agrees_with_numpy():
 
 
 def test_images_and_holes_are_measured_by_the_mean_error_of_all():
-    train_images, images = bytes_of(30, 3, 16, 16), bytes_of(130, 3, 16, 16)  # more than a batch
+    train_images, images = bytes_of(30, 3, 16, 16) // 4, bytes_of(130, 3, 16, 16)  # two batches
     images[129] = 255
     x, holes = images.float() / 255, stae.draw_holes(images.shape, generator(), 0.35)
     found = stae.evaluate(Paler(), train_images, images, "cpu", holes)
@@ -957,6 +950,8 @@ def bad(runs, tmp_path_factory):
     changes = {
         "done": {},
         "code": {"history": Code()},
+        "words": {"history": "abc"},
+        "rows": {"history": [{"step": 6}]},
         "wide": {"settings": settings | {"width": 10**9}},
         "shape": {"settings": settings | {"width": 4096}},
         "larger": {"settings": settings | {"size": 24}},
@@ -996,9 +991,10 @@ BAD_LINES = """--dataset nowhere; --dataset notes.txt; --dataset broken; --datas
     --eval done.pt --dataset broken; --eval done.pt --dataset grey.npz = 1 channels, not 3
     --eval done.pt larger.pt = different data; --eval shape.pt; --eval lacking.pt
     --eval extra.pt; --eval nan.pt; --eval half.pt; --eval text.pt; --eval no_settings.pt
-    --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; shapes"""
+    --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt"""
 BAD_LINES = re.findall(r"\S.*?(?=;|$)", BAD_LINES, re.M)
-BAD_LINES.append(fault("--eval no_data.pt", reason="KeyError: 'data'"))
+HISTORY = pytest.mark.xfail(strict=True, reason="a history that is none is a traceback")
+BAD_LINES += [pytest.param(f"--eval {name}.pt", marks=HISTORY) for name in ("words", "rows")]
 
 
 @each("line", BAD_LINES)
