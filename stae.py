@@ -545,7 +545,7 @@ def read_npz(path):
         x, y = arrays[x_name], arrays.get(y_name)
         if x.ndim == 3:
             x = x[..., None]
-        fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and len(x) > 0
+        fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
         need(fine, f"{path}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3); found {found}")
         if y is not None:
             fine = y.dtype.kind in "iu" and y.shape in (x.shape[:1], (len(x), 1))
@@ -945,7 +945,8 @@ def load_checkpoint(path):
         model.load_state_dict(dict(stored["model"]), assign=True)
         finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
         need(finite, "its weights are not finite")
-        need(stored["data"] and stored["history"], "it has no history")
+        seconds = [row["seconds"] * row["images_per_second"] for row in stored["history"]]
+        need(stored["data"] and seconds, "it has no history")
         return model.float().eval(), settings, stored
 
 
@@ -1196,7 +1197,7 @@ def join_processes(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if world > 1 and device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before all else asks CUDA
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:  # no such name, driver or card
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from error
     if world == 1:
@@ -1266,7 +1267,7 @@ def train_run(flags, given):
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
     among = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
     inside = among and settings.dataset not in PRESETS
-    need(not inside, f"--out {folder}: lies among the images of --dataset; pass another folder")
+    need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
     open_run(folder, settings, fingerprint(images) if rank == 0 else None, device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -925,6 +926,18 @@ def test_runs_are_measured_side_by_side(runs, here):
     assert two == approx(alone["two"])
 
 
+def test_the_controls_of_the_study_run(runs, tmp_path):
+    path = HERE / "samples" / "controls.py"
+    spec = importlib.util.spec_from_file_location("controls", path)
+    controls = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(controls)
+    line = f"{runs}/one {runs}/two --recognition --steps 2 --device cpu --out {tmp_path}/a.json"
+    assert controls.main(line.split()) == 0
+    tables = json.loads((tmp_path / "a.json").read_text())
+    assert tables[f"{runs}/two"].keys() >= {"recognition", "knn_code", "kept_3", "hole_sharpness"}
+    assert controls.main(["nowhere"]) == 2
+
+
 def test_an_unfinished_run_and_other_images_are_told(here, often, monkeypatch, capsys):
     change_call(monkeypatch, stae.Objective, "forward", 5, interrupt)
     assert run(f"{TINY} --out run") == 130
@@ -991,10 +1004,9 @@ BAD_LINES = """--dataset nowhere; --dataset notes.txt; --dataset broken; --datas
     --eval done.pt --dataset broken; --eval done.pt --dataset grey.npz = 1 channels, not 3
     --eval done.pt larger.pt = different data; --eval shape.pt; --eval lacking.pt
     --eval extra.pt; --eval nan.pt; --eval half.pt; --eval text.pt; --eval no_settings.pt
-    --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt"""
+    --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt
+    --eval words.pt; --eval rows.pt"""
 BAD_LINES = re.findall(r"\S.*?(?=;|$)", BAD_LINES, re.M)
-HISTORY = pytest.mark.xfail(strict=True, reason="a history that is none is a traceback")
-BAD_LINES += [pytest.param(f"--eval {name}.pt", marks=HISTORY) for name in ("words", "rows")]
 
 
 @each("line", BAD_LINES)
