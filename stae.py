@@ -155,11 +155,10 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     exp(-t^2/2), that of a standard Gaussian: N times the integral over [-t_max, t_max] of the
     squared gap times exp(-t^2/2). Mean over slices, and over the places of a spatial code.
     N(0, I) gives 1.05 on average, for any N and D. A fixed mismatch grows with N, so twice the
-    batch wants half of the weight in a loss. Other shapes are a ValueError."""
+    batch wants half of the weight in a loss. Raises ValueError for other shapes."""
     if codes.dim() not in (2, 4) or codes.shape[1] != len(slices):
-        raise ValueError(
-            f"codes {tuple(codes.shape)}: need (N, D) or (N, D, h, w), D {len(slices)}"
-        )
+        shape, D = tuple(codes.shape), len(slices)
+        raise ValueError(f"codes {shape}: need (N, D) or (N, D, h, w), D {D}; flatten tokens")
     with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small gaps
         codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, places, D)
         projected = (codes @ slices.float()).flatten(1)  # (N, places * M)
@@ -197,7 +196,7 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
         boxes = draw_boxes(shape, generator, *crop_range)
         if not turn:
             return [(1.0, lambda x: crop(x, boxes))]
-        # A judge that was turned all ways overlooks no direction; as in E-LPIPS, arXiv 1906.03973
+        # Judged in all orientations, none is overlooked; E-LPIPS does so too, arXiv 1906.03973
         kinds = 8 if shape[2] == shape[3] else 4
         symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
         return [(1.0, lambda x: apply_symmetries(crop(x, boxes), symmetries))]
@@ -244,8 +243,9 @@ def crop(images, boxes):
     top, left, height, width = boxes.unbind(dim=1)
     y = places(top, height, images.shape[2])
     x = places(left, width, images.shape[3])
-    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
-    return F.grid_sample(images, grid.to(images), padding_mode="border", align_corners=False)
+    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # x and y, (B, H, W) each
+    grid = torch.stack(grid, dim=3).to(images.dtype)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def apply_symmetries(images, symmetries):
@@ -360,7 +360,7 @@ def distance(target, seen, layer_weight=0.0):
     activations. Features: mean of (seen - target)^2 / v, v the target's variance per channel over
     batch and places. (The author scales both sides by their own batch, which hides a shift common
     to all of its images.) layer_weight (ours) times a sum over inner activations is added, of
-    mean((seen - target)^2) / (variance of the target). Other shapes are a ValueError."""
+    mean((seen - target)^2) / (variance of the target). Raises ValueError for other shapes."""
     if torch.is_tensor(target):
         target, seen = [target], [seen]
     shape = tuple(target[0].shape)
