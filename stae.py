@@ -453,7 +453,8 @@ def reading(path):
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
+        reason = str(error).split(". ")[0]  # what follows is advice to programmers
+        raise BadInput(f"{path}: cannot be read ({reason})") from error
 
 
 def seeded(device, *key):
@@ -585,7 +586,7 @@ def find_files(folder, above=()):
         elif path.suffix.lower() in Image.registered_extensions():
             yield path, ""
         else:
-            yield path, f"no picture that Pillow can read here ({path.suffix})"
+            yield path, f"no ending of a picture that Pillow can read here ({path.suffix})"
 
 
 def list_folder(folder):
@@ -617,10 +618,10 @@ def list_folder(folder):
     if not train or not test:
         train, test = (train + test)[1:], (train + test)[:1]
 
-    found = "a tenth held out, without a train/ and a test/"
+    found = "about a tenth, as there is no train/ beside a test/"
     if tests:
-        found = f"from train/ and {tests[0]}/"
-    print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on, {found}")
+        found = f"those in {tests[0]}/"
+    print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on ({found})")
     for reason, files in left_out.items():
         print(f"left out {len(files):,}: {reason}; the first is {files[0]}")
     need(train, f"--dataset {folder}: holds no two images")
@@ -903,6 +904,10 @@ def print_row(row, steps, left):
 
 def save_checkpoint(folder, settings, model, optimizer, history, data):
     """Write checkpoint.pt, whole or not at all, and log.csv."""
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        same = load_checkpoint(path)[1] == settings
+        need(same, f"{folder}: another run was started in it meanwhile; pass another --out")
     state = {
         "settings": asdict(settings),
         "channels": model.encoder.stem.in_channels,
@@ -916,7 +921,7 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
     partial = folder / "checkpoint.partial"
     try:
         partial.write_bytes(buffer.getbuffer())
-        partial.replace(folder / "checkpoint.pt")
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # half of it would keep the disk full
     write_log(folder, history)
@@ -1140,6 +1145,8 @@ def report(runs, train_images, test_images, device, folder):
     for size in sorted({results["code_size"] for results in tables.values()}):
         if size <= 2048:
             pca = PCA(train_images, size, device)
+            if pca.scale.numel() < size:
+                print(f"PCA has {pca.scale.numel()} numbers only: there are too few images")
             tables[f"PCA {size}"] = evaluate(pca, train_images, test_images, device)
         else:
             print(f"PCA of {size:,} numbers is left out: it would take hours")
@@ -1165,7 +1172,8 @@ def parse_flags(argv):
     def fail(message):
         raise BadInput(f"{message}; see --help")
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = f"{__doc__.splitlines()[0]} A folder or an .npz has the defaults of cifar10."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.error = fail
     for item in fields(Settings):
         text = f"{item.metadata['text']} ({item.default}"
@@ -1240,9 +1248,13 @@ def open_run(folder, settings, data, device):
         settings.precision = old.precision  # perhaps that of another machine
     here = asdict(settings)
     differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
-    need(not differ, f"--out {folder}: is another run ({'; '.join(differ)}); pass another folder")
-    same = data in (None, stored["data"])
-    need(same, f"--out {folder}: its images have changed since; pass another folder")
+    first = data is not None  # the first process, which has all images
+    need(
+        not differ or not first,
+        f"{folder}: is another run ({'; '.join(differ)}); pass another --out",
+    )
+    same = not first or data == stored["data"]
+    need(same, f"{folder}: its images have changed since; pass another --out")
     done = stored["history"][-1]["step"]
     print(f"{folder}: {done:,} of {old.steps:,} steps are done; goes on from there")
 
@@ -1262,6 +1274,9 @@ def train_run(flags, given):
     need(side == fits, f"images of {side} x {side} pixels: pass --size {fits}")
     need(count > 1, f"--dataset {settings.dataset}: {count} image is too few to train on")
     settings.size = side
+    if settings.batch_size > count:
+        print(f"--batch-size {settings.batch_size}: there are {count} images, all in each batch")
+        settings.batch_size = count
     folder = Path(flags.out) if flags.out else run_folder(settings)
     if not flags.out:
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
@@ -1296,7 +1311,8 @@ def compare_runs(flags, given):
         trained_on[label] = stored["data"]
         dataset = given.get("dataset", settings.dataset)
         kinds.add((dataset, settings.size, stored["channels"]))
-    need(len(kinds) == 1, f"--eval: {sorted(kinds)} are different data; pass --dataset, or fewer")
+    found = f"--eval: data, side and channels differ: {sorted(kinds)}"
+    need(len(kinds) == 1, f"{found}; pass --dataset for one data set, or fewer runs")
     dataset, size, channels = kinds.pop()
     images, test_images = (split.images for split in load_data(dataset, flags.data, size))
     fine = images.shape[1] == channels
@@ -1324,7 +1340,8 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        message = "interrupted; the same command goes on from the last checkpoint, one a minute"
+        print("\n" + message, file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

@@ -532,7 +532,7 @@ def test_what_is_no_picture_in_a_folder_is_left_out_and_told(here, capsys):
     said = capsys.readouterr().out
     assert "left out 5: hidden; the first is ._d.png" in said
     assert "left out 1: a link in a circle; the first is deep/circle" in said
-    assert re.search(r"left out 1: no picture .*\(.heic\); the first is h.heic", said)
+    assert re.search(r"left out 1: no ending .*\(.heic\); the first is h.heic", said)
     assert "left out 1 that cannot be read, the first is photos/t.jpg" in said
     images, readable = stae.read_images(["photos/t.jpg", "elsewhere/g.png"], 16)
     assert images.unique().tolist() == [100] and readable.tolist() == [False, True]
@@ -678,6 +678,24 @@ def test_a_run_goes_on_with_what_it_began_with_alone(here, capsys):
     write_npz("tiny.npz", x_train=ZEROS, y_train=np.arange(10))
     assert run(f"{TINY} --precision auto --out run") == 2
     assert "images have changed" in one_line(capsys)
+
+
+def test_two_runs_do_not_mix_in_one_folder(here, often, monkeypatch, capsys):
+    def begin_another(forward, *arguments):
+        assert run(f"{TINY} --lr 0.02 --out run") == 0
+        capsys.readouterr()
+        return forward(*arguments)
+
+    change_call(monkeypatch, stae.Objective, "forward", 2, begin_another)
+    assert run(f"{TINY} --out run") == 2
+    assert "another run was started in it" in one_line(capsys)
+    assert stored("run")["settings"]["lr"] == 0.02
+
+
+def test_a_batch_of_more_images_than_there_are_is_told(here, capsys):
+    assert run(f"{TINY} --batch-size 128 --out run") == 0
+    assert "--batch-size 128: there are 24 images" in capsys.readouterr().out
+    assert stored("run")["settings"]["batch_size"] == 24
 
 
 @each("out, named", [("photos/run", "among"), ("photos", "among"), ("mine", "comparison.png")])
@@ -1002,7 +1020,7 @@ BAD_LINES = """--dataset nowhere; --dataset notes.txt; --dataset broken; --datas
     --init done = --init; --eval notes.txt; --eval nothing; --eval code.pt; --eval wide.pt
     --eval done.pt --width 8 = width; --eval done.pt --objective mse = objective
     --eval done.pt --dataset broken; --eval done.pt --dataset grey.npz = 1 channels, not 3
-    --eval done.pt larger.pt = different data; --eval shape.pt; --eval lacking.pt
+    --eval done.pt larger.pt = side and channels differ; --eval shape.pt; --eval lacking.pt
     --eval extra.pt; --eval nan.pt; --eval half.pt; --eval text.pt; --eval no_settings.pt
     --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt
     --eval words.pt; --eval rows.pt"""
