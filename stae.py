@@ -1236,7 +1236,8 @@ def open_folder(folder):
 
 
 def open_run(folder, settings, data, device):
-    """Make the folder of a run or, if there is a run in it, check that it is the same."""
+    """Make the folder of a run or, if there is a run in it, check that it is the same, trained on
+    the same `data`. Sets the precision that was "auto"."""
     if not (folder / "checkpoint.pt").exists():
         open_folder(folder)
         if settings.precision == "auto":
@@ -1246,14 +1247,12 @@ def open_run(folder, settings, data, device):
     _, old, stored = load_checkpoint(folder)
     if settings.precision == "auto":
         settings.precision = old.precision  # perhaps that of another machine
+    if data is None:
+        return  # the first process, which has all images, checks for all
     here = asdict(settings)
     differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
-    first = data is not None  # the first process, which has all images
-    need(
-        not differ or not first,
-        f"{folder}: is another run ({'; '.join(differ)}); pass another --out",
-    )
-    same = not first or data == stored["data"]
+    need(not differ, f"{folder}: is another run ({'; '.join(differ)}); pass another --out")
+    same = data == stored["data"]
     need(same, f"{folder}: its images have changed since; pass another --out")
     done = stored["history"][-1]["step"]
     print(f"{folder}: {done:,} of {old.steps:,} steps are done; goes on from there")
@@ -1276,12 +1275,11 @@ def train_run(flags, given):
     settings.size = side
     if settings.batch_size > count:
         print(f"--batch-size {settings.batch_size}: there are {count} images, all in each batch")
-        settings.batch_size = count
     folder = Path(flags.out) if flags.out else run_folder(settings)
     if not flags.out:
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
-    among = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
-    inside = among and settings.dataset not in PRESETS
+    inside = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
+    inside = inside and settings.dataset not in PRESETS
     need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
     open_run(folder, settings, fingerprint(images) if rank == 0 else None, device)
     print(f"{count:,} images to train on, on {device}: {settings}")

@@ -695,7 +695,6 @@ def test_two_runs_do_not_mix_in_one_folder(here, often, monkeypatch, capsys):
 def test_a_batch_of_more_images_than_there_are_is_told(here, capsys):
     assert run(f"{TINY} --batch-size 128 --out run") == 0
     assert "--batch-size 128: there are 24 images" in capsys.readouterr().out
-    assert stored("run")["settings"]["batch_size"] == 24
 
 
 @each("out, named", [("photos/run", "among"), ("photos", "among"), ("mine", "comparison.png")])
