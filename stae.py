@@ -895,7 +895,7 @@ def train(settings, images, device, folder, rank=0, world=1):
 
 
 def print_row(row, steps, left):
-    """Print a row of the log, and the seconds left. Raises FloatingPointError for a loss of nan."""
+    """Print a row of the log. Raises FloatingPointError for a mean loss that is not finite."""
     numbers = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
     print(f"step {row['step']}/{steps}", *numbers, f"{left:.0f} s left", sep="  ", flush=True)
     if not math.isfinite(row["loss"]):
@@ -950,8 +950,9 @@ def load_checkpoint(path):
         model.load_state_dict(dict(stored["model"]), assign=True)
         finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
         need(finite, "its weights are not finite")
-        seconds = [row["seconds"] * row["images_per_second"] for row in stored["history"]]
-        need(stored["data"] and seconds, "it has no history")
+        # The rows of a foreign history would lack what report() reads of them
+        counts = [row["seconds"] * row["images_per_second"] for row in stored["history"]]
+        need(stored["data"] and counts, "it has no history")
         return model.float().eval(), settings, stored
 
 
@@ -1315,8 +1316,9 @@ def compare_runs(flags, given):
     images, test_images = (split.images for split in load_data(dataset, flags.data, size))
     fine = images.shape[1] == channels
     need(fine, f"--dataset {dataset}: has {images.shape[1]} channels, not {channels}")
+    here = fingerprint(images)
     for label, data in trained_on.items():
-        if not given and data != fingerprint(images):
+        if data != here and "dataset" not in given:
             print(f"{label}: was trained on other images than those there now, {data}")
     folder = Path(flags.out or "runs/eval")
     while folder.exists() and not flags.out:
