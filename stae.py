@@ -67,11 +67,14 @@ class Down(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        # The skip averages groups of the 4i numbers of a 2x2 square, as many groups as outputs.
+        # As a convolution with constant weights it takes half of the time of a pixel_unshuffle
+        group = 4 * inputs // outputs
+        average = torch.eye(outputs).repeat_interleave(group, dim=1) / group  # (o, 4i)
+        self.register_buffer("average", average.view(outputs, inputs, 2, 2), persistent=False)
 
     def forward(self, x):
-        squares = F.pixel_unshuffle(x, 2)  # (B, 4i, h/2, w/2); averaged in groups to o channels
-        skip = squares.unflatten(1, (self.conv2.out_channels, -1)).mean(dim=2)
-        # In this order: the first operand decides the memory layout, and skip is not channels_last
+        skip = F.conv2d(x, self.average, stride=2)
         return F.silu(self.conv2(F.silu(self.conv1(x))) + skip)
 
 
@@ -945,15 +948,14 @@ def load_checkpoint(path):
     with reading(path):
         stored = torch.load(path, map_location="cpu", weights_only=True)
         settings = Settings(**stored["settings"])
-        with torch.device("meta"):  # allocates nothing before the shapes are known to fit
-            model = new_model(settings, stored["channels"])
-        model.load_state_dict(dict(stored["model"]), assign=True)
+        model = new_model(settings, stored["channels"])
+        model.load_state_dict(stored["model"])
         finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
         need(finite, "its weights are not finite")
         # The rows of a foreign history would lack what report() reads of them
         counts = [row["seconds"] * row["images_per_second"] for row in stored["history"]]
         need(stored["data"] and counts, "it has no history")
-        return model.float().eval(), settings, stored
+        return model.eval(), settings, stored
 
 
 def load_model(path):
