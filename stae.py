@@ -44,7 +44,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
-from torch import distributed, nn
+from torch import nn
 from torchvision import datasets, utils
 from torchvision.transforms import functional as TF
 
@@ -467,12 +466,11 @@ def seeded(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 
-def load_data(dataset, root="data", size=0, rank=0, world=1):
+def load_data(dataset, root="data", size=0):
     """Load "shapes", "cifar10", "celeba" (in `root`), a folder or an .npz -> the Split to train on
     and the Split to test on. Raises BadInput.
 
-    size: side of the square images; 0: as they are, 64 for a folder, 128 for celeba. Of `world`
-    processes the first, rank 0, has all images, since it also measures; the others share them."""
+    size: side of the square images; 0: as they are, 64 for a folder, 128 for celeba."""
     crop = None
     if dataset == "shapes":
         splits = make_shapes(12_000)
@@ -486,9 +484,6 @@ def load_data(dataset, root="data", size=0, rank=0, world=1):
     else:
         splits = list_folder(Path(dataset))
         size = size or 64
-    if rank > 0:
-        part = slice(rank - 1, None, world - 1)
-        splits[0] = Split(splits[0].images[part])
     for place, (images, labels) in enumerate(splits):
         if torch.is_tensor(images):
             splits[place] = Split(resize(images, size), labels)
@@ -723,7 +718,7 @@ class Settings:
     latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
-    batch_size: int = setting(64, "images per step, in each process", (2, 10**6))
+    batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
     seed: int = setting(0, "seed of the initial weights and of all draws", (0, 2**32 - 1))
     precision: str = setting("auto", "bf16 where it is fast", ("auto", "fp32", "bf16"))
@@ -773,13 +768,8 @@ def choose_settings(given):
 
 def run_folder(settings):
     """Return runs/NAME-HASH: the same settings and the same stae.py find the same run again."""
-    words = [Path(settings.dataset).stem, settings.objective]
-    if settings.masked:
-        words.append("masked")
-    if settings.objective == "stae":
-        words += [settings.transform, settings.judge]
-    identity = hashlib.sha256(str(settings).encode() + Path(__file__).read_bytes())
-    return Path("runs", "-".join([*words, identity.hexdigest()[:6]]))
+    identity = hashlib.sha256(str(settings).encode() + Path(__file__).read_bytes()).hexdigest()
+    return Path("runs", f"{Path(settings.dataset).stem}-{settings.objective}-{identity[:6]}")
 
 
 def fingerprint(images):
@@ -797,41 +787,35 @@ def learning_rate(step, steps, peak):
     return peak * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def draw_batches(images, settings, first, rank):
+def draw_batches(images, settings, first):
     """Yield each step from `first` on, and its images: those at its place in the order of its
-    epoch, which is a function of the seed, the epoch and the process."""
+    epoch, which is a function of the seed and the epoch."""
     size = min(settings.batch_size, len(images))
     for step in range(first, settings.steps):
         epoch, place = divmod(step, len(images) // size)
         if place == 0 or step == first:
-            generator = seeded("cpu", settings.seed, epoch, rank, 0)
+            generator = seeded("cpu", settings.seed, epoch, 0)
             order = torch.randperm(len(images), generator=generator).to(images.device)
         yield step, images[order[place * size : (place + 1) * size]]
 
 
-class Objective(nn.Module):
-    """The loss of a step, one module: what DistributedDataParallel needs to average gradients."""
-
-    def __init__(self, model, settings):
-        super().__init__()
-        self.model, self.settings = model, settings
-
-    def forward(self, images, generator):
-        """Draw what is random -> the loss of images (B, C, S, S) in [0, 1], its terms by name."""
-        model, s, shape = self.model, self.settings, images.shape
-        holed = None
-        if s.masked:
-            holed = cut_holes(images, draw_holes(shape, generator, s.hole))
-        if s.objective == "mse":
-            return mse_loss(model, images, holed)
-        crops = s.crop_min, s.crop_max
-        transform = draw_transform(s.transform, shape, generator, crops, s.mask_ratio, s.turn)
-        slices = draw_slices(model.norm.num_features, s.slices, generator)
-        judge = freeze(model.encoder) if s.judge == "frozen" else model.encoder
-        weights = s.sigreg_weight, s.layer_weight
-        if s.masked:
-            return masked_loss(model, images, holed, transform, slices, judge, *weights)
-        return stae_loss(model, images, transform, slices, judge, *weights)
+def draw_loss(model, settings, images, generator):
+    """Draw what is random in a step -> the loss of images (B, C, S, S) in [0, 1], its terms."""
+    shape, holed = images.shape, None
+    if settings.masked:
+        holed = cut_holes(images, draw_holes(shape, generator, settings.hole))
+    if settings.objective == "mse":
+        return mse_loss(model, images, holed)
+    crop_range = settings.crop_min, settings.crop_max
+    transform = draw_transform(
+        settings.transform, shape, generator, crop_range, settings.mask_ratio, settings.turn
+    )
+    slices = draw_slices(model.norm.num_features, settings.slices, generator)
+    judge = freeze(model.encoder) if settings.judge == "frozen" else model.encoder
+    weights = settings.sigreg_weight, settings.layer_weight
+    if settings.masked:
+        return masked_loss(model, images, holed, transform, slices, judge, *weights)
+    return stae_loss(model, images, transform, slices, judge, *weights)
 
 
 def new_model(settings, channels):
@@ -840,12 +824,11 @@ def new_model(settings, channels):
     return Autoencoder(channels, *sizes)
 
 
-def train(settings, images, device, folder, rank=0, world=1):
+def train(settings, images, device, folder):
     """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> model, history.
 
-    The images of a step and all that is drawn in it are functions of the seed, the step and the
-    process, so a run that goes on from its last checkpoint ends as if nothing had happened. The
-    processes of torchrun average their gradients; batch, T, slices and SIGReg are their own."""
+    The images of a step and all that is drawn in it are functions of the seed and the step, so a
+    run that goes on from its last checkpoint ends as if nothing had happened."""
     need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
     torch.manual_seed(settings.seed)
     model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
@@ -858,19 +841,17 @@ def train(settings, images, device, folder, rank=0, world=1):
             optimizer.load_state_dict(stored["optimizer"])
         history = stored["history"]
         first = history[-1]["step"]
-    objective = Objective(model, settings)
-    if world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
 
     data, bf16 = fingerprint(images), settings.precision == "bf16"
     start = saved = time.perf_counter()
     totals, window = 0.0, first
-    for step, batch in draw_batches(images, settings, first, rank):
+    for step, batch in draw_batches(images, settings, first):
         x = batch.to(device).float() / 255
         # Plain means at first: running averages start at a variance of 1, features at 1e-5
         model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            loss, terms = objective(x, seeded(device, settings.seed, step, rank, 1))
+            generator = seeded(device, settings.seed, step, 0, 1)  # no key of an epoch's order
+            loss, terms = draw_loss(model, settings, x, generator)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
         optimizer.zero_grad()
         loss.backward()
@@ -883,12 +864,12 @@ def train(settings, images, device, folder, rank=0, world=1):
         if done % LOG_STEPS == 0 or done == settings.steps:
             now = time.perf_counter()
             means = dict(zip(terms, (totals / (done - window)).tolist()))
-            speed = (done - window) * len(x) * world / (now - start)
+            speed = (done - window) * len(x) / (now - start)
             row = {"step": done, **means, "seconds": now - start, "images_per_second": speed}
             left = (settings.steps - done) * (now - start) / (done - window)
             print_row(row, settings.steps, left)
             history.append(row)
-            if rank == 0 and (now > saved + SAVE_SECONDS or done == settings.steps):
+            if now > saved + SAVE_SECONDS or done == settings.steps:
                 save_checkpoint(folder, settings, model, optimizer, history, data)
                 saved = now
             start, totals, window = time.perf_counter(), 0.0, done
@@ -1058,17 +1039,18 @@ def measure_holes(model, images, holes, mean, device):
 def measure_codes(model, images, device):
     """Measure how Gaussian the codes of images are. sigreg: in groups of 128, 1.05 for N(0, I).
     min_std: the least deviation over images of a channel, near 0 for a collapse. code_size."""
-    scores, totals, squares = [], 0.0, 0.0
-    for group in images.split(128):
-        code = torch.cat([model.encode(x) for x in batches_of(group, device)]).cpu()
-        if len(group) == 128 or not scores:
-            scores.append(sigreg(code, draw_slices(code.shape[1], 256, seeded("cpu", 0))).item())
-        totals = totals + code.double().sum(dim=0)
-        squares = squares + code.double().square().sum(dim=0)
-    variance = squares / len(images) - (totals / len(images)).square()
-    deviation = variance.clamp(min=0).sqrt().flatten(1).mean(dim=1)  # mean over places
-    sizes = {"min_std": deviation.min().item(), "code_size": totals.numel()}
-    return {"sigreg": sum(scores) / len(scores), **sizes}
+    codes = torch.cat([model.encode(x).cpu() for x in batches_of(images, device)])
+    slices = draw_slices(codes.shape[1], 256, seeded("cpu", 0))
+    groups = codes.split(128)
+    if len(groups[-1]) < 128:
+        groups = groups[:-1] or groups
+    scores = [sigreg(group, slices).item() for group in groups]
+    deviations = codes.std(dim=0, correction=0).flatten(1).mean(dim=1)  # mean over places
+    return {
+        "sigreg": sum(scores) / len(scores),
+        "min_std": deviations.min().item(),
+        "code_size": codes[0].numel(),
+    }
 
 
 @torch.no_grad()
@@ -1198,27 +1180,16 @@ def parse_flags(argv):
     return flags, {name: value for name, value in vars(flags).items() if name in names}
 
 
-def join_processes(name):
-    """Open the device of this name, "cuda" or "cpu" for None, and meet the other processes that
-    torchrun started -> the device, the rank of this process, their number."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    fine = world == 1 or {"RANK", "LOCAL_RANK"} <= os.environ.keys()
-    need(fine, f"WORLD_SIZE is {world}, without RANK or LOCAL_RANK: unset it, or use torchrun")
+def open_device(name):
+    """Return the device of this name; for None "cuda" if there is one, else "cpu"."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    need(world == "1", f"WORLD_SIZE is {world}: there is one process only, so leave out torchrun")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if world > 1 and device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before all else asks CUDA
         torch.zeros(1, device=device).item()
     except Exception as error:  # no such name, driver or card
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from error
-    if world == 1:
-        return device, 0, 1
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    # The others wait while the first process decodes, perhaps for hours
-    distributed.init_process_group(backend, timeout=timedelta(days=1))
-    if distributed.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    return device, distributed.get_rank(), world
+    return device
 
 
 def bf16_is_fast(device):
@@ -1250,8 +1221,6 @@ def open_run(folder, settings, data, device):
     _, old, stored = load_checkpoint(folder)
     if settings.precision == "auto":
         settings.precision = old.precision  # perhaps that of another machine
-    if data is None:
-        return  # the first process, which has all images, checks for all
     here = asdict(settings)
     differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
     need(not differ, f"{folder}: is another run ({'; '.join(differ)}); pass another --out")
@@ -1264,13 +1233,9 @@ def open_run(folder, settings, data, device):
 def train_run(flags, given):
     """Train a run, or go on with it, and measure it."""
     settings = choose_settings(given)
-    device, rank, world = join_processes(flags.device)
-    if rank > 0:
-        distributed.barrier()  # until the first process has downloaded what is missing
-    data = load_data(settings.dataset, flags.data, settings.size, rank, world)
-    if world > 1 and rank == 0:
-        distributed.barrier()
-    images, test_images = data[0].images, data[1].images
+    device = open_device(flags.device)
+    train_split, test_split = load_data(settings.dataset, flags.data, settings.size)
+    images, test_images = train_split.images, test_split.images
     count, side = len(images), images.shape[2]
     fits = max(16, 8 * math.ceil(side / 8))
     need(side == fits, f"images of {side} x {side} pixels: pass --size {fits}")
@@ -1284,25 +1249,21 @@ def train_run(flags, given):
     inside = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
     inside = inside and settings.dataset not in PRESETS
     need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
-    open_run(folder, settings, fingerprint(images) if rank == 0 else None, device)
+    open_run(folder, settings, fingerprint(images), device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         on_device = images.to(device)
-    model, history = train(settings, on_device, device, folder, rank, world)
-    if rank == 0:
-        write_log(folder, history)  # in case that the run had stopped just before
-        report({folder.name: (model, settings, history)}, images, test_images, device, folder)
-    if world > 1:
-        distributed.destroy_process_group()
+    model, history = train(settings, on_device, device, folder)
+    write_log(folder, history)  # in case that the run had stopped just before
+    report({folder.name: (model, settings, history)}, images, test_images, device, folder)
 
 
 def compare_runs(flags, given):
     """Measure runs side by side, on their own data or on --dataset."""
     needless = given.keys() - {"dataset"}
     need(not needless, f"--eval: {sorted(needless)} come from the runs; leave them out")
-    device, _, world = join_processes(flags.device)
-    need(world == 1, "--eval: measures in one process; start it without torchrun")
+    device = open_device(flags.device)
     runs, kinds, trained_on = {}, set(), {}
     for path in flags.eval:
         model, settings, stored = load_checkpoint(path)

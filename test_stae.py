@@ -8,8 +8,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -436,12 +434,11 @@ def test_shapes_are_the_same_bytes_everywhere():
     assert digest[:16] == "3a6dbf5ae9b76fe8" and labels.bincount().min() > 3_000
 
 
-def test_an_npz_is_read_as_it_is_and_shared_by_processes(here):
-    x, y = write_npz("a.npz", y_train=(np.arange(24) % 3)[:, None]), torch.arange(24) % 3
-    for rank, share in enumerate((slice(24), slice(0, 24, 2), slice(1, 24, 2))):
-        (images, _), (rest, _) = stae.load_data("a.npz", rank=rank, world=3)
-        assert torch.equal(images, x[share]) and torch.equal(rest, x[24:])
-    assert torch.equal(stae.load_data("a.npz")[0].labels, y)
+def test_an_npz_is_read_as_it_is(here):
+    x = write_npz("a.npz", y_train=(np.arange(24) % 3)[:, None])
+    train, test = stae.load_data("a.npz")
+    assert torch.equal(train.images, x[:24]) and torch.equal(test.images, x[24:])
+    assert torch.equal(train.labels, torch.arange(24) % 3)
 
 
 def test_grey_images_that_are_not_square_are_cut_and_resized(here):
@@ -629,9 +626,9 @@ def often(monkeypatch):
 
 
 STOPS = [  # flags, and in which call of what the run is stopped
-    ("", stae.Objective, "forward", 1),
-    ("--judge live --precision bf16", stae.Objective, "forward", 4),
-    ("--masked --latent-dim 3 --transform pixel", stae.Objective, "forward", 5),
+    ("", stae, "draw_loss", 1),
+    ("--judge live --precision bf16", stae, "draw_loss", 4),
+    ("--masked --latent-dim 3 --transform pixel", stae, "draw_loss", 5),
     ("--objective mse", torch, "save", 2),
     ("--masked --objective mse", Path, "replace", 2),
     ("--transform stack", stae, "report", 1),
@@ -681,12 +678,12 @@ def test_a_run_goes_on_with_what_it_began_with_alone(here, capsys):
 
 
 def test_two_runs_do_not_mix_in_one_folder(here, often, monkeypatch, capsys):
-    def begin_another(forward, *arguments):
+    def begin_another(draw_loss, *arguments):
         assert run(f"{TINY} --lr 0.02 --out run") == 0
         capsys.readouterr()
-        return forward(*arguments)
+        return draw_loss(*arguments)
 
-    change_call(monkeypatch, stae.Objective, "forward", 2, begin_another)
+    change_call(monkeypatch, stae, "draw_loss", 2, begin_another)
     assert run(f"{TINY} --out run") == 2
     assert "another run was started in it" in one_line(capsys)
     assert stored("run")["settings"]["lr"] == 0.02
@@ -708,15 +705,15 @@ def test_a_run_overwrites_nothing_and_keeps_out_of_its_images(here, capsys, out,
 
 
 def test_every_epoch_has_all_images_in_an_order_of_its_own():
-    def batches(first=0, rank=0, seed=0):
+    def batches(first=0, seed=0):
         settings = stae.Settings(steps=6, batch_size=8, seed=seed)
-        return [x.tolist() for _, x in stae.draw_batches(torch.arange(24), settings, first, rank)]
+        return [x.tolist() for _, x in stae.draw_batches(torch.arange(24), settings, first)]
 
     drawn = batches()
     first, second = sum(drawn[:3], []), sum(drawn[3:], [])
     assert sorted(first) == sorted(second) == list(range(24)) and first != second
     assert batches(first=4) == drawn[4:]
-    assert batches(rank=1) != drawn != batches(seed=1)
+    assert batches(seed=1) != drawn
 
 
 def test_short_runs_have_the_averages_of_their_images(tmp_path):
@@ -740,7 +737,7 @@ def fill_disk(write, path, data):
 
 
 FAILURES = [
-    (stae.Objective, "forward", 3, make_loss_nan, "step 4: the loss is not finite"),
+    (stae, "draw_loss", 3, make_loss_nan, "step 4: the loss is not finite"),
     (Path, "write_bytes", 2, fill_disk, "No space left on device"),
 ]
 
@@ -796,48 +793,6 @@ def test_every_setting_reaches_training(here, monkeypatch, change):
     for name, flags in {"base": change.rpartition("--")[0], "changed": change}.items():
         assert run(f"{TINY} --steps 2 {flags} --out {name}") == 0
     assert log_of("changed") != log_of("base")
-
-
-SHARED = ["--judge frozen", "--judge live --transform crop", "--masked", "--objective mse"]
-
-
-def two_processes(rank, folder):
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
-    x, results = uniform(*SHAPE, seed=rank), {}
-    for flags in SHARED:
-        settings = stae.choose_settings(stae.parse_flags(flags.split())[1])
-        objective = stae.Objective(tiny_model(), settings)
-        own = copy.deepcopy(objective)
-        own(x, generator(rank))[0].backward()
-        shared = nn.parallel.DistributedDataParallel(objective)
-        shared(x, generator(rank))[0].backward()
-        results[flags] = gradients(own), gradients(objective)
-    settings = stae.Settings(steps=4, width=2, size=16, precision="fp32")
-    model, _ = stae.train(settings, (255 * x).byte(), "cpu", Path(folder), rank, 2)
-    torch.save((results, dict(model.named_parameters())), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_the_gradient_of_two_processes_is_the_mean_of_theirs(tmp_path):
-    torch.multiprocessing.spawn(two_processes, (tmp_path,), nprocs=2)
-    results, weights = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
-    assert_close(*weights)  # after training on different images
-    for flags in SHARED:
-        (own, shared), (other, other_shared) = (result[flags] for result in results)
-        mean = {name: (own[name] + other[name]) / 2 for name in own}
-        assert_close(shared, mean, **NEAR)
-        assert_close(other_shared, mean, **NEAR)
-
-
-def test_torchrun_trains_one_run(here):
-    line = f"-m torch.distributed.run --standalone --nproc_per_node=2 {stae.__file__} {TINY}"
-    done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 6/6") == 1 and re.search(r"^psnr +\d", done.stdout, re.M)
-    [folder] = Path("runs").iterdir()
-    assert len(log_of(folder)) == 2 and stored(folder)["data"].startswith("24 images ")
 
 
 class Paler:
@@ -956,7 +911,7 @@ def test_the_controls_of_the_study_run(runs, tmp_path):
 
 
 def test_an_unfinished_run_and_other_images_are_told(here, often, monkeypatch, capsys):
-    change_call(monkeypatch, stae.Objective, "forward", 5, interrupt)
+    change_call(monkeypatch, stae, "draw_loss", 5, interrupt)
     assert run(f"{TINY} --out run") == 130
     write_npz("tiny.npz", x_train=ZEROS, y_train=np.arange(10))
     assert run("--eval run --device cpu --out out") == 0
@@ -1036,7 +991,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(bad, monkeypatch, 
     assert sorted(bad.rglob("*")) == before
 
 
-def test_processes_without_torchrun_are_refused(here, monkeypatch, capsys):
+def test_several_processes_are_refused(here, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(TINY) == 2
     assert "WORLD_SIZE" in one_line(capsys)
@@ -1047,7 +1002,7 @@ finished = pytest.mark.skipif("@@" in README, reason="the README is not finished
 
 @each("text", [stae.__doc__, pytest.param(README, marks=finished)], ids=["docstring", "README"])
 def test_the_commands_of_the_documentation_are_understood(text):
-    pattern = r"^ *(?:.*&& )?(?:python|torchrun\b.*) stae\.py\b([^\n#]*)"
+    pattern = r"^ *(?:.*&& )?python stae\.py\b([^\n#]*)"
     lines = re.findall(pattern, text.replace("\\\n", " "), re.M)
     assert len(lines) > 3
     for line in lines:

@@ -141,7 +141,7 @@ def train_classifier(images, labels, device, steps):
 def measure_all(flags):
     """Measure runs, PCA of each size of their codes up to 2,048 numbers, a new network like that of
     the last run, and the originals -> {column: {row: number}}. Raises BadInput."""
-    device = stae.join_processes(flags.device)[0]
+    device = stae.open_device(flags.device)
     loaded = [stae.load_checkpoint(run) for run in flags.runs]
     columns = {run: (model.to(device), s) for run, (model, s, _) in zip(flags.runs, loaded)}
     sizes = {s.latent_dim or s.latent_channels * (s.size // 8) ** 2 for _, s, _ in loaded}
