@@ -587,38 +587,41 @@ def find_files(folder, above=()):
             yield path, f"no ending of a picture that Pillow can read here ({path.suffix})"
 
 
+def name_hash(name):
+    """Return a whole number that a file name always has, and that has nothing to do with it."""
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
+
+
 def list_folder(folder):
     """List the images below a folder -> two Splits of files, and print what was found: train/ and
     test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
     a new file moves no other one."""
     need(folder.is_dir(), f"--dataset {folder}: neither a folder, an .npz, shapes, cifar10, celeba")
-    names, left_out = {}, {}
+    names, left_out = [], {}
     for path, reason in find_files(folder):
         name = path.relative_to(folder).as_posix()
         if reason:
             left_out.setdefault(reason, []).append(name)
         else:
-            names[name] = int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
+            names.append(name)
+    names.sort(key=name_hash)  # the first 16 of the test images are shown: not all of one folder
 
-    tops = {name.split("/")[0].lower() for name in names}
-    tests = [top for top in ("test", "val", "valid", "validation") if {"train", top} <= tops]
-    parts = {"train": [], "test": []}
-    for name in sorted(names, key=names.get):
-        part = name.split("/")[0].lower()
-        if not tests:
-            part = "train" if names[name] % 10 else "test"
-        elif part == tests[0]:
-            part = "test"
-        elif part != "train":
-            left_out.setdefault("in neither split", []).append(name)
-        parts.setdefault(part, []).append(name)
-    train, test = parts["train"], parts["test"]
-    if not train or not test:
-        train, test = (train + test)[1:], (train + test)[:1]
-
-    found = "about a tenth, as there is no train/ beside a test/"
+    top = {name: name.split("/")[0].lower() for name in names}
+    tests = [t for t in ("test", "val", "valid", "validation") if {"train", t} <= {*top.values()}]
     if tests:
         found = f"those in {tests[0]}/"
+        train = [name for name in names if top[name] == "train"]
+        test = [name for name in names if top[name] == tests[0]]
+        rest = [name for name in names if top[name] not in ("train", tests[0])]
+        if rest:
+            left_out["in neither split"] = rest
+    else:
+        found = "about a tenth, as there is no train/ beside a test/"
+        train = [name for name in names if name_hash(name) % 10]
+        test = [name for name in names if name_hash(name) % 10 == 0]
+        if not train or not test:
+            train, test = names[1:], names[:1]
+
     print(f"{folder}: {len(train):,} images to train on, {len(test):,} to test on ({found})")
     for reason, files in left_out.items():
         print(f"left out {len(files):,}: {reason}; the first is {files[0]}")
@@ -825,7 +828,7 @@ def new_model(settings, channels):
 
 
 def train(settings, images, device, folder):
-    """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> model, history.
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> the model.
 
     The images of a step and all that is drawn in it are functions of the seed and the step, so a
     run that goes on from its last checkpoint ends as if nothing had happened."""
@@ -875,7 +878,7 @@ def train(settings, images, device, folder):
             start, totals, window = time.perf_counter(), 0.0, done
         elif sys.stdout is not None and sys.stdout.isatty():
             print(f"step {done}/{settings.steps}", end="\r", flush=True)
-    return model, history
+    return model
 
 
 def print_row(row, steps, left):
@@ -887,7 +890,7 @@ def print_row(row, steps, left):
 
 
 def save_checkpoint(folder, settings, model, optimizer, history, data):
-    """Write checkpoint.pt, whole or not at all, and log.csv."""
+    """Write log.csv, the history to read or plot, and checkpoint.pt, whole or not at all."""
     path = folder / "checkpoint.pt"
     if path.exists():
         same = load_checkpoint(path)[1] == settings
@@ -900,6 +903,10 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         "optimizer": optimizer.state_dict(),
         "history": history,
     }
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
     buffer = io.BytesIO()  # torch hides the error of a full disk, Path does not
     torch.save(state, buffer)
     partial = folder / "checkpoint.partial"
@@ -908,15 +915,6 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # half of it would keep the disk full
-    write_log(folder, history)
-
-
-def write_log(folder, history):
-    """Write log.csv, the history of a run to read or plot."""
-    with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def load_checkpoint(path):
@@ -1109,13 +1107,14 @@ def print_table(tables):
 
 @torch.no_grad()
 def report(runs, train_images, test_images, device, folder):
-    """Measure {run: (model, settings, history)} and PCA; write comparison.png and metrics.json."""
+    """Measure {run: what load_checkpoint returns} and PCA; write comparison.png, metrics.json."""
     tables = {}
     x = test_images[:16].to(device).float() / 255
     rows = {"originals": x}
-    for run, (model, settings, history) in runs.items():
+    for run, (model, settings, stored) in runs.items():
         print(f"measuring {run} on {len(test_images):,} test images", flush=True)
-        model.to(device).eval()
+        model.to(device, memory_format=torch.channels_last)
+        history = stored["history"]
         rows[run] = model.decode(model.encode(x))
         holes = None
         if settings.masked:  # the same holes on every device
@@ -1254,9 +1253,8 @@ def train_run(flags, given):
     on_device = images
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         on_device = images.to(device)
-    model, history = train(settings, on_device, device, folder)
-    write_log(folder, history)  # in case that the run had stopped just before
-    report({folder.name: (model, settings, history)}, images, test_images, device, folder)
+    train(settings, on_device, device, folder)
+    report({folder.name: load_checkpoint(folder)}, images, test_images, device, folder)
 
 
 def compare_runs(flags, given):
@@ -1264,15 +1262,13 @@ def compare_runs(flags, given):
     needless = given.keys() - {"dataset"}
     need(not needless, f"--eval: {sorted(needless)} come from the runs; leave them out")
     device = open_device(flags.device)
-    runs, kinds, trained_on = {}, set(), {}
+    runs, kinds = {}, set()
     for path in flags.eval:
         model, settings, stored = load_checkpoint(path)
         unfinished = stored["history"][-1]["step"] < settings.steps
         label = f"{path} (unfinished)" if unfinished else path
-        runs[label] = model, settings, stored["history"]
-        trained_on[label] = stored["data"]
-        dataset = given.get("dataset", settings.dataset)
-        kinds.add((dataset, settings.size, stored["channels"]))
+        runs[label] = model, settings, stored
+        kinds.add((given.get("dataset", settings.dataset), settings.size, stored["channels"]))
     found = f"--eval: data, side and channels differ: {sorted(kinds)}"
     need(len(kinds) == 1, f"{found}; pass --dataset for one data set, or fewer runs")
     dataset, size, channels = kinds.pop()
@@ -1280,9 +1276,9 @@ def compare_runs(flags, given):
     fine = images.shape[1] == channels
     need(fine, f"--dataset {dataset}: has {images.shape[1]} channels, not {channels}")
     here = fingerprint(images)
-    for label, data in trained_on.items():
-        if data != here and "dataset" not in given:
-            print(f"{label}: was trained on other images than those there now, {data}")
+    for label, (_, _, stored) in runs.items():
+        if stored["data"] != here and "dataset" not in given:
+            print(f"{label}: was trained on other images than those there now, {stored['data']}")
     folder = Path(flags.out or "runs/eval")
     while folder.exists() and not flags.out:
         number = int(folder.name.partition("-")[2] or 1) + 1
