@@ -66,8 +66,7 @@ class Down(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        # The skip averages groups of the 4i numbers of a 2x2 square, as many groups as outputs.
-        # As a convolution with constant weights it takes half of the time of a pixel_unshuffle
+        # The mean of each group of the 4i numbers of a 2x2 square; pixel_unshuffle would be slower
         group = 4 * inputs // outputs
         average = torch.eye(outputs).repeat_interleave(group, dim=1) / group  # (o, 4i)
         self.register_buffer("average", average.view(outputs, inputs, 2, 2), persistent=False)
@@ -320,8 +319,7 @@ def hole_mask(holes, images):
 
 
 def cut_holes(images, holes):
-    """Fill the holes (B, 4) of images (B, C, H, W) with the mean colour of the whole image, hidden
-    pixels included, as the author does."""
+    """Fill holes (B, 4) of images (B, C, H, W) with their mean colour, hidden pixels included."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     return images.lerp(mean, hole_mask(holes, images))
 
@@ -329,8 +327,7 @@ def cut_holes(images, holes):
 # 4. Objective: the losses. They work with any model that has --------------------------------------
 #     model.encode(images) -> code (B, D) or (B, C, h, w), of about N(0, 1) in each channel
 #     model.decode(code) -> images in [0, 1], of the input's shape
-#     model.encoder(images) -> what is judged: features like a code, or a list of these and of inner
-#         activations. A judge is any function of images that returns the same
+#     model.encoder(images) -> features like a code, or a list of these and of inner activations
 
 
 def freeze(encoder):
@@ -396,8 +393,8 @@ def judged_distance(judge, transform, images, x_hat, layer_weight):
 def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
     """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name.
 
-    slices: (D, M), D the channels of z. judge: freeze(model.encoder), or model.encoder itself for a
-    live one, which learns from both images. sigreg_weight: lambda; halve it when B doubles."""
+    slices: (D, M), D the channels of z. judge: freeze(model.encoder); model.encoder is a live one,
+    which learns from both images. sigreg_weight: lambda; halve it when B doubles."""
     z = model.encode(images)
     judged = judged_distance(judge, transform, images, model.decode(z), layer_weight)
     regulariser = sigreg(z, slices)
