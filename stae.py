@@ -6,7 +6,7 @@
     python stae.py --dataset celeba --masked             # faces with a hole in them, completed
     python stae.py --eval runs/ONE runs/OTHER            # one table and one picture of several runs
 
-The method is sections 1 to 4, which import torch alone:
+The method is sections 1 to 4, which need torch alone:
 
     z = E(x), x_hat = D(z)                               # encoder and decoder
     loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: the same random crop or mask for both
@@ -56,7 +56,7 @@ from torchvision import datasets, utils
 from torchvision.transforms import functional as TF
 
 
-# 1. Model: the author's network -------------------------------------------------------------------
+# 1. Model: the author's network, but for the norm of the code -------------------------------------
 
 
 class Down(nn.Module):
@@ -132,7 +132,7 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
 
     def encode(self, images):
-        """Return the code, with mean 0 and deviation 1 in each channel; float32 under autocast."""
+        """Return the code; in training, mean 0, deviation 1 per channel; float32 under autocast."""
         return self.norm(self.encoder(images)[0].to(self.norm.running_mean.dtype))
 
     def decode(self, code):
@@ -172,7 +172,7 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
         return len(codes) * torch.trapezoid(2 * gap * gaussian, t, dim=0).mean()
 
 
-# 3. Transforms: T, drawn once per image and step, the same for x and x_hat. The author's kinds ----
+# 3. Transforms: T, one draw for x and x_hat, of the author's kinds; holes for masked mode ---------
 
 TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
 
@@ -180,10 +180,10 @@ TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
 def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7, turn=False):
     """Draw T for images of `shape` (B, C, H, W) -> [(weight, function of images)], sum 1.
 
-    crop: a box of crop_range of the side, enlarged to full size and, if turn, mirrored and turned.
+    crop: a box, crop_range of the image's sides, enlarged and, if turn, mirrored and turned.
     pixel, patch (4x4): round(mask_ratio * places) of them black, the same in all channels.
-    channel: each black with probability mask_ratio. stack: the whole image and five filters of it;
-    nothing is random. Raises ValueError for another name or an impossible share."""
+    channel: each black with probability mask_ratio. stack: the whole image and five filters, not
+    random. Raises ValueError for another name or an impossible share."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
     if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio <= 1):
@@ -214,7 +214,7 @@ def draw_mask(shape, generator, ratio, cell):
     rows, columns = shape[2] // cell, shape[3] // cell
     count = rows * columns
     uniform = torch.rand(shape[0], count, device=generator.device, generator=generator)
-    # Ranks, not the numbers themselves: so many are below a limit, whatever was drawn
+    # argsort makes a random permutation of 0, 1, ...: exactly so many lie below a limit
     keep = uniform.argsort(dim=1) >= min(round(ratio * count), count - 1)
     keep = keep.view(-1, 1, rows, columns).float()
     return keep.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
@@ -234,7 +234,7 @@ def draw_boxes(shape, generator, smallest, largest):
 
 def crop(images, boxes):
     """Cut a box (B, 4) out of each image (B, C, H, W) and enlarge it to full size: what slicing and
-    F.interpolate(mode="bilinear") give, for all images at once."""
+    F.interpolate(mode="bilinear") give, for all images at once. In float32: bf16 is too coarse."""
 
     def places(start, extent, size):  # where the pixels of the result lie, in [-1, 1] of the image
         inside = (torch.arange(size, device=images.device) + 0.5) * extent[:, None] / size - 0.5
@@ -244,9 +244,9 @@ def crop(images, boxes):
     top, left, height, width = boxes.unbind(dim=1)
     y = places(top, height, images.shape[2])
     x = places(left, width, images.shape[3])
-    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # x and y, (B, H, W) each
-    grid = torch.stack(grid, dim=3).to(images.dtype)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
+    cut = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return cut.to(images.dtype)
 
 
 def apply_symmetries(images, symmetries):
@@ -319,7 +319,7 @@ def hole_mask(holes, images):
 
 
 def cut_holes(images, holes):
-    """Fill holes (B, 4) of images (B, C, H, W) with their mean colour, hidden pixels included."""
+    """Fill holes (B, 4) with the mean colour of each image (B, C, H, W), hidden pixels included."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     return images.lerp(mean, hole_mask(holes, images))
 
@@ -334,8 +334,8 @@ def freeze(encoder):
     """Return the encoder as a judge: a fixed function; gradient passes through it to its input.
 
     It runs in eval mode, so that a BatchNorm or a dropout of a foreign encoder does the same to
-    both images. Call freeze in each step: the weights stay those of the encoder, which move on.
-    Activation checkpointing inside of the encoder must be use_reentrant=False."""
+    both images. Call freeze anew in each step: it shares the weights of the encoder, which move on,
+    and copies its buffers. Activation checkpointing in the encoder: use_reentrant=False."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
     # Copies, since a later call in train mode moves averages that the backward pass still needs
     constants |= {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -374,7 +374,7 @@ def distance(target, seen, layer_weight=0.0):
     variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
     total = ((seen_features - features).square() / (variance + 1e-6)).mean()
     if layer_weight:
-        for inner, seen_inner in zip(target[1:], seen[1:]):
+        for inner, seen_inner in zip(target[1:], seen[1:], strict=True):
             error = (seen_inner.float() - inner.float()).square().mean()
             total = total + layer_weight * error / (inner.float().var(correction=0) + 1e-4)
     return total
@@ -405,13 +405,13 @@ def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer
 def masked_loss(
     model, images, holed, transform, slices, judge, sigreg_weight=0.03, layer_weight=10.0
 ):
-    """Return the loss of masked mode (the author's leAutoencoder), and its terms by name.
+    """Return the loss of masked mode and its terms by name.
 
     What is decoded from `images` and from `holed`, the same images with holes, must match `images`
     under the judge, and each other. At a layer_weight of 0 faces are worse. See stae_loss."""
     z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # one call: both share a norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
-    agreement = distance(judge(x_hat), judge(x_holed))  # without T; gradient flows to both sides
+    agreement = distance(judge(x_hat), judge(x_holed))  # no T, features alone; both sides learn
     clean = judged_distance(judge, transform, images, x_hat, layer_weight)
     masked = judged_distance(judge, transform, images, x_holed, layer_weight)
     regulariser = (sigreg(z, slices) + sigreg(z_holed, slices)) / 2
@@ -430,7 +430,8 @@ def mse_loss(model, images, holed=None):
 
 
 class Split(NamedTuple):
-    """Images, uint8 (N, C, S, S) or a list of files to decode, and labels, int64 (N,) or None."""
+    """Images, uint8 (N, C, S, S) or a list of files to decode, and labels, int64 (N,) or None,
+    which training does not use: they are for samples/controls.py."""
 
     images: object
     labels: object = None
@@ -468,14 +469,14 @@ def load_data(dataset, root="data", size=0):
     and the Split to test on. Raises BadInput.
 
     size: side of the square images; 0: as they are, 64 for a folder, 128 for celeba."""
-    crop = None
+    crop_side = None
     if dataset == "shapes":
         splits = make_shapes(12_000)
     elif dataset == "cifar10":
         splits = read_cifar10(root)
     elif dataset == "celeba":
         splits = list_celeba(Path(root, "celeba", "img_align_celeba"))
-        size, crop = size or 128, 128
+        size, crop_side = size or 128, 128
     elif dataset.endswith(".npz"):
         splits = read_npz(dataset)
     else:
@@ -485,7 +486,7 @@ def load_data(dataset, root="data", size=0):
         if torch.is_tensor(images):
             splits[place] = Split(resize(images, size), labels)
         else:
-            splits[place] = Split(read_images(images, size, crop)[0])
+            splits[place] = Split(read_images(images, size, crop_side)[0])
     return splits
 
 
@@ -585,7 +586,7 @@ def find_files(folder, above=()):
 
 
 def name_hash(name):
-    """Return a whole number that a file name always has, and that has nothing to do with it."""
+    """Return an integer that depends on the name alone, as good as random."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
@@ -662,9 +663,9 @@ def decode(path, size, crop):
         image = ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF costs the turn, not the picture
         pass
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    need(image.mode != "F", "its pixels are floats of no known range")
+    if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    need(image.mode not in ("I", "F"), "its pixels have no known range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -705,14 +706,14 @@ class Settings:
     objective: str = setting("stae", "mse: the plain autoencoder", ("stae", "mse"))
     masked: bool = setting(False, "fill a hole in the images")
     hole: float = setting(0.35, "share of the area that the hole takes", (0.001, 0.999))
-    transform: str = setting("pixel", "T", TRANSFORMS)
+    transform: str = setting("pixel", "T, of what the judge sees", TRANSFORMS)
     crop_min: float = setting(0.5, "least share of the side that a crop takes", (0.001, 1))
     crop_max: float = setting(1.0, "largest share of the side that a crop takes", (0.001, 1))
     turn: bool = setting(False, "mirror and turn crops by the symmetries of the square")
     mask_ratio: float = setting(0.7, "share of the image that a mask blackens", (0.001, 0.999))
-    judge: str = setting("frozen", "the encoder, detached or not", ("frozen", "live"))
+    judge: str = setting("frozen", "frozen: its weights get no gradient", ("frozen", "live"))
     layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
-    sigreg_weight: float = setting(0.03, "lambda; halve it when the batch doubles", (0, 1e6))
+    sigreg_weight: float = setting(0.03, "lambda; the author's, at a batch of 128", (0, 1e6))
     slices: int = setting(16, "directions that SIGReg tests in a step", (1, 10**5))
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
@@ -725,8 +726,11 @@ class Settings:
 
     def __post_init__(self):
         for item in fields(self):
-            value, allowed = item.type(getattr(self, item.name)), item.metadata["allowed"]
-            setattr(self, item.name, value)
+            value, allowed = getattr(self, item.name), item.metadata["allowed"]
+            if item.type is float:
+                value = float(value)
+                setattr(self, item.name, value)
+            need(type(value) is item.type, f"{flag(item)} {value!r}: must be {item.type.__name__}")
             if item.type is str and allowed:
                 need(value in allowed, f"{flag(item)} {value}: must be one of {allowed}")
             elif allowed:
@@ -850,7 +854,8 @@ def train(settings, images, device, folder):
         # Plain means at first: running averages start at a variance of 1, features at 1e-5
         model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            generator = seeded(device, settings.seed, step, 0, 1)  # no key of an epoch's order
+            # The 1 keeps the keys of steps apart from those of epochs
+            generator = seeded(device, settings.seed, step, 0, 1)
             loss, terms = draw_loss(model, settings, x, generator)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
         optimizer.zero_grad()
@@ -887,7 +892,7 @@ def print_row(row, steps, left):
 
 
 def save_checkpoint(folder, settings, model, optimizer, history, data):
-    """Write log.csv, the history to read or plot, and checkpoint.pt, whole or not at all."""
+    """Write checkpoint.pt, whole or not at all, and log.csv."""
     path = folder / "checkpoint.pt"
     if path.exists():
         same = load_checkpoint(path)[1] == settings
@@ -900,10 +905,6 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         "optimizer": optimizer.state_dict(),
         "history": history,
     }
-    with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
     buffer = io.BytesIO()  # torch hides the error of a full disk, Path does not
     torch.save(state, buffer)
     partial = folder / "checkpoint.partial"
@@ -912,6 +913,15 @@ def save_checkpoint(folder, settings, model, optimizer, history, data):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # half of it would keep the disk full
+    write_log(folder, history)
+
+
+def write_log(folder, history):
+    """Write log.csv, the history of a run to read or plot."""
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
 
 
 def load_checkpoint(path):
@@ -1063,8 +1073,9 @@ def evaluate(model, train_images, test_images, device, holes=None):
 
 def play(model, x):
     """Decode changed codes of images (n, C, S, S) -> {name: images (n, C, S, S)}. walk: the first
-    channel of the first image's code from -3 to 3. brush: the middle of the next one's code is
-    painted into each, when codes have places."""
+    channel of the first image's code from -3 to 3. interpolation: from the first code to the last.
+    samples: of N(0, I). brush: the middle of the next image's code is painted into each, when codes
+    have places."""
     z = model.encode(x)
     share = torch.linspace(0, 1, len(z), device=z.device).view(-1, 1, 1, 1)
     walk = z[:1].repeat(len(z), 1, 1, 1)
@@ -1248,10 +1259,12 @@ def train_run(flags, given):
     open_run(folder, settings, fingerprint(images), device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         on_device = images.to(device)
     train(settings, on_device, device, folder)
-    report({folder.name: load_checkpoint(folder)}, images, test_images, device, folder)
+    run = load_checkpoint(folder)
+    write_log(folder, run[2]["history"])  # in case that the run had stopped just before
+    report({folder.name: run}, images, test_images, device, folder)
 
 
 def compare_runs(flags, given):
@@ -1296,7 +1309,9 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from the last checkpoint, one a minute"
+        message = (
+            "interrupted; a run has a checkpoint each minute, the same command goes on from it"
+        )
         print("\n" + message, file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:

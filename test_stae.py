@@ -134,6 +134,8 @@ def test_a_crop_equals_slicing_and_interpolating():
         box = image[None, :, top : top + height, left : left + width]
         expected = F.interpolate(box, size=(24, 32), mode="bilinear")[0]
         assert_close(found, expected, atol=1e-5, rtol=0)
+    coarse = images.bfloat16()
+    assert_close(stae.crop(coarse, boxes), stae.crop(coarse.float(), boxes).bfloat16())
 
 
 @each("height, width, kinds", [(16, 16, 8), (16, 24, 4)])
@@ -357,7 +359,10 @@ WRONG_USE = {
     r"crop_range \(0.5, 0.2\)": lambda: stae.draw_transform("crop", SHAPE, None, (0.5, 0.2)),
     "mask_ratio 0": lambda: stae.draw_transform("pixel", SHAPE, None, mask_ratio=0),
     "ratio 1:": lambda: stae.draw_holes(SHAPE, None, 1),
+    "--steps 3.7: must be int": lambda: stae.Settings(steps=3.7),
+    "--masked 'no': must be bool": lambda: stae.Settings(masked="no"),
     "layer_weight 2.0.*no inner": lambda: stae.distance(X, X, layer_weight=2.0),
+    "shorter than": lambda: stae.distance([X, X], [X], layer_weight=2.0),
     r"features \(6, 3, 16\).*tokens": lambda: stae.distance(X[..., 0], X[..., 0]),
     r"features \(1, 3\)": lambda: stae.distance([X[:1, :, 0, 0]], [X[:1, :, 0, 0]]),
     r"codes \(6, 3, 16\)": lambda: stae.sigreg(X[..., 0], torch.rand(3, 8)),
@@ -503,6 +508,9 @@ def test_images_of_all_kinds_are_decoded(here):
         image.save(name, **how)
         found, _ = stae.read_images([name], 16)
         assert (found[0].permute(1, 2, 0).numpy() == np.asarray(expected)).all(), name
+    Image.fromarray(wide.astype(np.int32)).save("32.tif")
+    with raises(stae.BadInput, match="no known range"):
+        stae.read_images(["32.tif"], 16)
 
 
 def test_a_large_jpeg_is_decoded_as_well_at_a_part_of_its_size(here):
@@ -997,10 +1005,7 @@ def test_several_processes_are_refused(here, monkeypatch, capsys):
     assert "WORLD_SIZE" in one_line(capsys)
 
 
-finished = pytest.mark.skipif("@@" in README, reason="the README is not finished")
-
-
-@each("text", [stae.__doc__, pytest.param(README, marks=finished)], ids=["docstring", "README"])
+@each("text", [stae.__doc__, README], ids=["docstring", "README"])
 def test_the_commands_of_the_documentation_are_understood(text):
     pattern = r"^ *(?:.*&& )?python stae\.py\b([^\n#]*)"
     lines = re.findall(pattern, text.replace("\\\n", " "), re.M)
@@ -1011,7 +1016,6 @@ def test_the_commands_of_the_documentation_are_understood(text):
         assert not flags.eval or given.keys() <= {"dataset"}
 
 
-@finished
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples").symlink_to(HERE / "samples")
