@@ -582,7 +582,7 @@ def find_files(folder, above=()):
         elif path.suffix.lower() in Image.registered_extensions():
             yield path, ""
         else:
-            yield path, f"no ending of a picture that Pillow can read here ({path.suffix})"
+            yield path, f"no ending of a picture that Pillow can read here ({path.suffix or None})"
 
 
 def name_hash(name):
@@ -594,7 +594,7 @@ def list_folder(folder):
     """List the images below a folder -> two Splits of files, and print what was found: train/ and
     test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
     a new file moves no other one."""
-    need(folder.is_dir(), f"--dataset {folder}: neither a folder, an .npz, shapes, cifar10, celeba")
+    need(folder.is_dir(), f"{folder}: no such folder; or is it shapes, cifar10, celeba, .npz?")
     names, left_out = [], {}
     for path, reason in find_files(folder):
         name = path.relative_to(folder).as_posix()
@@ -772,8 +772,13 @@ def choose_settings(given):
 
 def run_folder(settings):
     """Return runs/NAME-HASH: the same settings and the same stae.py find the same run again."""
+    name = f"{Path(settings.dataset).stem}-{settings.objective}"
+    if settings.masked:
+        name += "-masked"
+    if settings.objective == "stae":
+        name += f"-{settings.transform}-{settings.judge}"
     identity = hashlib.sha256(str(settings).encode() + Path(__file__).read_bytes()).hexdigest()
-    return Path("runs", f"{Path(settings.dataset).stem}-{settings.objective}-{identity[:6]}")
+    return Path("runs", f"{name}-{identity[:6]}")
 
 
 def fingerprint(images):
@@ -1179,7 +1184,7 @@ def parse_flags(argv):
             kind["choices"] = item.metadata["allowed"]
         parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text + ")", **kind)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    parser.add_argument("--data", metavar="DIR", default="data", help="where cifar10, celeba are")
+    parser.add_argument("--data", metavar="DIR", help="where cifar10 and celeba are (data)")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME-HASH)")
     parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs or checkpoints")
     flags = parser.parse_args(argv)
@@ -1214,6 +1219,7 @@ def open_folder(folder):
     taken = [name for name in names if (folder / name).exists()]
     need(not taken, f"--out {folder}: holds {', '.join(taken)}; pass another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    need(os.access(folder, os.W_OK), f"--out {folder}: cannot be written to; pass another folder")
 
 
 def open_run(folder, settings, data, device):
@@ -1234,15 +1240,22 @@ def open_run(folder, settings, data, device):
     same = data == stored["data"]
     need(same, f"{folder}: its images have changed since; pass another --out")
     done = stored["history"][-1]["step"]
-    print(f"{folder}: {done:,} of {old.steps:,} steps are done; goes on from there")
+    then = "measured again" if done == old.steps else "goes on from there"
+    print(f"{folder}: {done:,} of {old.steps:,} steps are done; {then}")
+
+
+def load_images(dataset, size, root):
+    """Return the images of load_data to train and to test on. root: --data, or None."""
+    stored = dataset in ("cifar10", "celeba")
+    need(stored or not root, f"--data {root}: only for cifar10 and celeba; other data: --dataset")
+    return [split.images for split in load_data(dataset, root or "data", size)]
 
 
 def train_run(flags, given):
     """Train a run, or go on with it, and measure it."""
     settings = choose_settings(given)
     device = open_device(flags.device)
-    train_split, test_split = load_data(settings.dataset, flags.data, settings.size)
-    images, test_images = train_split.images, test_split.images
+    images, test_images = load_images(settings.dataset, settings.size, flags.data)
     count, side = len(images), images.shape[2]
     fits = max(16, 8 * math.ceil(side / 8))
     need(side == fits, f"images of {side} x {side} pixels: pass --size {fits}")
@@ -1264,7 +1277,7 @@ def train_run(flags, given):
     train(settings, on_device, device, folder)
     run = load_checkpoint(folder)
     write_log(folder, run[2]["history"])  # in case that the run had stopped just before
-    report({folder.name: run}, images, test_images, device, folder)
+    report({folder.resolve().name: run}, images, test_images, device, folder)
 
 
 def compare_runs(flags, given):
@@ -1279,10 +1292,10 @@ def compare_runs(flags, given):
         label = f"{path} (unfinished)" if unfinished else path
         runs[label] = model, settings, stored
         kinds.add((given.get("dataset", settings.dataset), settings.size, stored["channels"]))
-    found = f"--eval: data, side and channels differ: {sorted(kinds)}"
-    need(len(kinds) == 1, f"{found}; pass --dataset for one data set, or fewer runs")
+    found = f"--eval: data, side or channels differ: {sorted(kinds)}"
+    need(len(kinds) == 1, f"{found}; leave out runs or, if only data differ, pass --dataset")
     dataset, size, channels = kinds.pop()
-    images, test_images = (split.images for split in load_data(dataset, flags.data, size))
+    images, test_images = load_images(dataset, size, flags.data)
     fine = images.shape[1] == channels
     need(fine, f"--dataset {dataset}: has {images.shape[1]} channels, not {channels}")
     here = fingerprint(images)
@@ -1309,10 +1322,7 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        message = (
-            "interrupted; a run has a checkpoint each minute, the same command goes on from it"
-        )
-        print("\n" + message, file=sys.stderr)
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

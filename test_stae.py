@@ -978,11 +978,12 @@ BAD_LINES = """--dataset nowhere; --dataset notes.txt; --dataset broken; --datas
     --width many; --width 4000000000; --latent-channels 3; --latent-dim -1; --steps 0
     --steps 1.5; --batch-size 1; --lr 7; --seed -1; --seed 4294967296; --hole 1; --mask-ratio 2
     --device tpu; --precision fp8; --out notes.txt; --compile; --recognition; --crop
-    --epochs 3 = --epochs; --step 3 = --step; --validation 9 = --validation; --eval nowhere
-    --init done = --init; --eval notes.txt; --eval nothing; --eval code.pt; --eval wide.pt
-    --eval done.pt --width 8 = width; --eval done.pt --objective mse = objective
+    --epochs 3 = --epochs; --step 3 = --step; --data photos; --eval nowhere
+    --validation 9 = --validation; --init done = --init; --eval notes.txt; --eval nothing
+    --eval code.pt; --eval wide.pt; --eval done.pt --width 8 = width
+    --eval done.pt --objective mse = objective
     --eval done.pt --dataset broken; --eval done.pt --dataset grey.npz = 1 channels, not 3
-    --eval done.pt larger.pt = side and channels differ; --eval shape.pt; --eval lacking.pt
+    --eval done.pt larger.pt = side or channels differ; --eval shape.pt; --eval lacking.pt
     --eval extra.pt; --eval nan.pt; --eval half.pt; --eval text.pt; --eval no_settings.pt
     --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt
     --eval words.pt; --eval rows.pt"""
