@@ -714,10 +714,10 @@ class Settings:
     judge: str = setting("frozen", "frozen: its weights get no gradient", ("frozen", "live"))
     layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
     sigreg_weight: float = setting(0.03, "lambda; the author's, at a batch of 128", (0, 1e6))
-    slices: int = setting(16, "directions that SIGReg tests in a step", (1, 10**5))
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
+    slices: int = setting(16, "directions that SIGReg tests in a step: 2 a channel", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
@@ -759,14 +759,16 @@ def choose_settings(given):
     presets = [dataset if dataset in PRESETS else "cifar10"]
     if given.get("masked"):
         presets += ["--masked", f"{dataset} --masked"]
-    values = {}
+    values = {item.name: item.default for item in fields(Settings)}
     for preset in presets:
         values |= PRESETS.get(preset, {})
     values |= given
     if dataset not in PRESETS:
         values["dataset"] = os.path.abspath(dataset)  # found from any other folder
-    if values.get("latent_dim") and "latent_channels" not in given:
-        values["latent_channels"] = values.get("width", Settings.width)  # as the author does
+    if values["latent_dim"] and "latent_channels" not in given:
+        values["latent_channels"] = values["width"]  # as the author does
+    if "slices" not in given:  # 16 are enough for 8 channels, and far too few for 32
+        values["slices"] = 2 * (values["latent_dim"] or values["latent_channels"])
     return Settings(**values)
 
 
@@ -1169,7 +1171,8 @@ def parse_flags(argv):
     def fail(message):
         raise BadInput(f"{message}; see --help")
 
-    about = f"{__doc__.splitlines()[0]} A folder or an .npz has the defaults of cifar10."
+    about = f"{__doc__.splitlines()[0]} In brackets: the default, and what it is for some data."
+    about += " A folder or an .npz has the defaults of cifar10."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.error = fail
     for item in fields(Settings):

@@ -765,8 +765,9 @@ PRESETS = """shapes: transform=pixel width=32 lr=0.01 batch_size=64 turn=False s
     cifar10: transform=crop width=64 lr=0.003 batch_size=128 turn=True latent_channels=8
     cifar10 --lr 0.5 --no-turn: lr=0.5 width=64 turn=False
     x.npz: transform=crop width=64 steps=5760 turn=True
-    celeba: width=128 lr=0.001 latent_channels=32 latent_dim=0 steps=63000
-    celeba --masked: latent_dim=128 latent_channels=128 layer_weight=10.0 turn=False
+    celeba: width=128 lr=0.001 latent_channels=32 latent_dim=0 steps=63000 slices=64
+    celeba --latent-channels 16 --slices 9: latent_channels=16 slices=9
+    celeba --masked: latent_dim=128 latent_channels=128 slices=256 layer_weight=10.0 turn=False
     celeba --masked --latent-channels 64 --layer-weight 0: latent_channels=64 layer_weight=0.0
     shapes --masked: latent_dim=0 latent_channels=8 layer_weight=10.0 turn=False"""
 
