@@ -18,7 +18,7 @@ do not collapse. Without T the pair may end in a private language: images that m
 encoder and look wrong to us. One training step, with a generator on the device of the images:
 
     transform = draw_transform("crop", images.shape, generator)
-    slices = draw_slices(8, 16, generator)  # for codes of 8 channels
+    slices = draw_slices(8, 16, generator)  # two for each of the 8 channels of a code
     loss, terms = stae_loss(model, images, transform, slices, freeze(model.encoder))
     optimizer.zero_grad()
     loss.backward()
@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` directions, uniform on the sphere, as unit columns (dimensions, count)."""
+    """Draw `count` uniform directions as unit columns (dimensions, count); two a dimension will do."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
@@ -717,7 +717,7 @@ class Settings:
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
-    slices: int = setting(16, "directions that SIGReg tests in a step: 2 a channel", (1, 10**7))
+    slices: int = setting(16, "directions SIGReg tests in a step: 2 a channel", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
