@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` uniform directions as unit columns (dimensions, count); two a dimension will do."""
+    """Draw `count` uniform directions, unit columns (dimensions, count); 2 a dimension will do."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
