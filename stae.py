@@ -836,7 +836,7 @@ def new_model(settings, channels):
 
 
 def train(settings, images, device, folder):
-    """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> the model.
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the model.
 
     The images of a step and all that is drawn in it are functions of the seed and the step, so a
     run that goes on from its last checkpoint ends as if nothing had happened."""
@@ -845,6 +845,7 @@ def train(settings, images, device, folder):
     model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0, fused=True)
     history, first = [], 0
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "checkpoint.pt").exists():
         stored = load_checkpoint(folder)[2]
         with reading(f"{folder}, to go on with it,"):
@@ -901,7 +902,7 @@ def print_row(row, steps, left):
 def save_checkpoint(folder, settings, model, optimizer, history, data):
     """Write checkpoint.pt, whole or not at all, and log.csv."""
     path = folder / "checkpoint.pt"
-    if path.exists():
+    if path.exists():  # perhaps that of a run which began at the same time
         same = load_checkpoint(path)[1] == settings
         need(same, f"{folder}: another run was started in it meanwhile; pass another --out")
     state = {

@@ -727,7 +727,7 @@ def test_every_epoch_has_all_images_in_an_order_of_its_own():
 def test_short_runs_have_the_averages_of_their_images(tmp_path):
     settings = stae.Settings(steps=12, batch_size=100, width=4, lr=1e-9, size=16)
     images = (255 * uniform(24, 3, 16, 16)).byte()  # fewer than a batch
-    model = stae.train(settings, images, "cpu", tmp_path)
+    model = stae.train(settings, images, "cpu", tmp_path / "new")
     features = model.encoder(images.float() / 255)[0].detach()
     assert_close(model.norm.running_mean, features.mean(dim=(0, 2, 3)), **NEAR)
     assert_close(model.norm.running_var, features.var(dim=(0, 2, 3)), **NEAR)
