@@ -1197,7 +1197,8 @@ def parse_flags(argv):
 
 
 def open_device(name):
-    """Return the device of this name; for None "cuda" if there is one, else "cpu"."""
+    """Return the device of this name; for None "cuda" if there is one, else "cpu". Raises BadInput
+    if there is no such device, or if torchrun started several processes."""
     world = os.environ.get("WORLD_SIZE", "1")
     need(world == "1", f"WORLD_SIZE is {world}: there is one process only, so leave out torchrun")
     try:
@@ -1250,8 +1251,8 @@ def open_run(folder, settings, data, device):
 
 def load_images(dataset, size, root):
     """Return the images of load_data to train and to test on. root: --data, or None."""
-    stored = dataset in ("cifar10", "celeba")
-    need(stored or not root, f"--data {root}: only for cifar10 and celeba; other data: --dataset")
+    in_root = dataset in ("cifar10", "celeba")
+    need(in_root or not root, f"--data {root}: only for cifar10 and celeba; other data: --dataset")
     return [split.images for split in load_data(dataset, root or "data", size)]
 
 
@@ -1279,9 +1280,10 @@ def train_run(flags, given):
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         on_device = images.to(device)
     train(settings, on_device, device, folder)
-    run = load_checkpoint(folder)
-    write_log(folder, run[2]["history"])  # in case that the run had stopped just before
-    report({folder.resolve().name: run}, images, test_images, device, folder)
+    model, settings, stored = load_checkpoint(folder)
+    write_log(folder, stored["history"])  # in case that the run had stopped just before
+    runs = {folder.resolve().name: (model, settings, stored)}
+    report(runs, images, test_images, device, folder)
 
 
 def compare_runs(flags, given):
