@@ -174,39 +174,37 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
 
 # 3. Transforms: T, one draw for x and x_hat, of the author's kinds; holes for masked mode ---------
 
-TRANSFORMS = ("none", "pixel", "patch", "channel", "crop", "stack")
+TRANSFORMS = ("none", "pixel", "patch", "channel", "crop")
 
 
 def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7, turn=False):
-    """Draw T for images of `shape` (B, C, H, W) -> [(weight, function of images)], sum 1.
+    """Draw T for images of `shape` (B, C, H, W), a function of images that does the same to each
+    batch of this shape.
 
     crop: a box, crop_range of the image's sides, enlarged and, if turn, mirrored and turned.
     pixel, patch (4x4): round(mask_ratio * places) of them black, the same in all channels.
-    channel: each black with probability mask_ratio. stack: the whole image and five filters, not
-    random. Raises ValueError for another name or an impossible share."""
+    channel: each black with probability mask_ratio. none: nothing. Raises ValueError for another
+    name or an impossible share."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
     if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio <= 1):
         raise ValueError(f"crop_range {crop_range}, mask_ratio {mask_ratio}: shares are in (0, 1]")
     if name == "none":
-        return [(1.0, lambda x: x)]
-    if name == "stack":
-        filters = [blur, boost_colour, find_edges, high_pass, local_contrast]
-        return [(0.5, lambda x: x)] + [(0.1, function) for function in filters]
+        return lambda images: images
     if name == "crop":
         boxes = draw_boxes(shape, generator, *crop_range)
         if not turn:
-            return [(1.0, lambda x: crop(x, boxes))]
+            return lambda images: crop(images, boxes)
         # Judged in all orientations, none is overlooked; E-LPIPS does so too, arXiv 1906.03973
         kinds = 8 if shape[2] == shape[3] else 4
         symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
-        return [(1.0, lambda x: apply_symmetries(crop(x, boxes), symmetries))]
+        return lambda images: apply_symmetries(crop(images, boxes), symmetries)
     if name == "channel":
         uniform = torch.rand(*shape[:2], 1, 1, device=generator.device, generator=generator)
         keep = (uniform >= mask_ratio).float()
     else:
         keep = draw_mask(shape, generator, mask_ratio, cell=4 if name == "patch" else 1)
-    return [(1.0, lambda x: x * keep.to(x.dtype))]
+    return lambda images: images * keep.to(images.dtype)
 
 
 def draw_mask(shape, generator, ratio, cell):
@@ -256,47 +254,6 @@ def apply_symmetries(images, symmetries):
     images = torch.where(bits[1], images.flip(2), images)
     square = images.shape[2] == images.shape[3]
     return torch.where(bits[2], images.mT, images) if square else images
-
-
-def blur(images, side=11):
-    """Average over an odd window; at the border, over its part inside the image."""
-    return F.avg_pool2d(images, side, stride=1, padding=side // 2, count_include_pad=False)
-
-
-def boost_colour(images):
-    """Raise saturation, then contrast."""
-    grey = images.mean(dim=1, keepdim=True)
-    vivid = (grey + 1.8 * (images - grey)).clamp(0, 1)
-    mean = vivid.mean(dim=(1, 2, 3), keepdim=True)
-    return (mean + 1.4 * (vivid - mean)).clamp(0, 1)
-
-
-def find_edges(images):
-    """Return the magnitude of the Sobel gradient of the grey image, in each channel."""
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
-    kernels = torch.stack((sobel, sobel.T))[:, None]  # (2, 1, 3, 3)
-    # Borders are replicated: beside black, the border would be the strongest edge of every image
-    grey = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    with torch.autocast(images.device.type, enabled=False):
-        slopes = F.conv2d(grey.float(), kernels)  # (B, 2, H, W)
-    edges = (slopes.square().sum(dim=1, keepdim=True) + 1e-4).sqrt() - 1e-2  # not steep at 0
-    return scale_to_one(edges.to(images.dtype).expand_as(images))
-
-
-def high_pass(images):
-    """Return the magnitude of what a blur takes away."""
-    return scale_to_one(images - blur(images, 5)).abs()
-
-
-def local_contrast(images):
-    """Divide what a blur takes away by its local deviation; 0.5 is none."""
-    residual = images - blur(images, 5)
-    return (1 + scale_to_one(residual / (blur(residual.square(), 5) + 1e-4).sqrt())) / 2
-
-
-def scale_to_one(images):
-    """Divide each image by its largest magnitude. 0.01 keeps the noise of flat images small."""
-    return images / (images.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-2)
 
 
 def draw_holes(shape, generator, ratio=0.35):
@@ -381,13 +338,10 @@ def distance(target, seen, layer_weight=0.0):
 
 
 def judged_distance(judge, transform, images, x_hat, layer_weight):
-    """Return the weighted sum of d(J(T(images)), J(T(x_hat))) over transform, [(weight, T)]."""
+    """Return d(J(T(images)), J(T(x_hat)))."""
     if x_hat.shape != images.shape:
         raise ValueError(f"the model decodes {tuple(x_hat.shape)} from {tuple(images.shape)}")
-    total = 0.0
-    for weight, T in transform:
-        total = total + weight * distance(judge(T(images)), judge(T(x_hat)), layer_weight)
-    return total
+    return distance(judge(transform(images)), judge(transform(x_hat)), layer_weight)
 
 
 def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):

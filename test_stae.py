@@ -142,9 +142,9 @@ def test_a_crop_equals_slicing_and_interpolating():
 def test_turned_crops_are_each_symmetry_of_the_plain_ones(height, width, kinds):
     x, found = uniform(100, 3, height, width), set()
     plain = stae.crop(x, stae.draw_boxes(x.shape, generator(), 0.2, 0.9))
-    [(_, T)] = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9))
+    T = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9))
     assert_close(T(x), plain)
-    [(_, T)] = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9), turn=True)
+    T = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9), turn=True)
     for image, turned in zip(plain, T(x)):
         symmetries = [image.rot90(turns, (1, 2)) for turns in range(0, 4, 8 // kinds)]
         symmetries += [symmetry.flip(2) for symmetry in symmetries]
@@ -154,7 +154,7 @@ def test_turned_crops_are_each_symmetry_of_the_plain_ones(height, width, kinds):
 
 @each("name, cell", [("pixel", 1), ("patch", 4)])
 def test_masks_black_out_an_exact_count_of_cells_in_all_channels(name, cell):
-    [(_, T)] = stae.draw_transform(name, (50, 3, 16, 24), generator(), mask_ratio=0.7)
+    T = stae.draw_transform(name, (50, 3, 16, 24), generator(), mask_ratio=0.7)
     mask = F.avg_pool2d(T(torch.ones(50, 3, 16, 24)), cell)
     assert mask.unique().tolist() == [0, 1] and torch.equal(mask[:, 0], mask[:, 2])
     black = (mask[:, 0] == 0).sum(dim=(1, 2))
@@ -163,7 +163,7 @@ def test_masks_black_out_an_exact_count_of_cells_in_all_channels(name, cell):
 
 
 def test_channels_are_black_by_chance():
-    [(_, T)] = stae.draw_transform("channel", (3000, 3, 8, 8), generator(), mask_ratio=0.7)
+    T = stae.draw_transform("channel", (3000, 3, 8, 8), generator(), mask_ratio=0.7)
     keep = T(torch.ones(3000, 3, 8, 8)).mean(dim=(2, 3))
     assert len(keep.unique(dim=0)) == 8 and keep.mean() == approx(0.3, abs=0.03)
 
@@ -175,37 +175,8 @@ def test_a_transform_does_the_same_to_both_images_and_for_a_seed(name):
     drawn, again, another = (
         stae.draw_transform(name, x.shape, generator(seed), turn=True) for seed in (0, 0, 1)
     )
-    assert sum(weight for weight, _ in drawn) == approx(1)
-    for (_, T), (_, T_again) in zip(drawn, again):
-        assert torch.equal(T(x)[0], T(other)[0]) and torch.equal(T(x), T_again(x))
-    same = torch.equal(drawn[0][1](x), another[0][1](x))
-    assert same == (name in ("none", "stack"))
-
-
-def test_filters_by_hand():
-    dot, dots = torch.zeros(2, 1, 1, 16, 16)
-    dot[..., 8, 8] = dots[..., 4, 4] = 1
-    dots[..., 11, 11] = 0.1
-    blurred = stae.blur(dot)[0, 0, 8, [2, 3, 8, 13]]  # over the part of the window inside
-    assert blurred.tolist() == approx([0, 1 / 99, 1 / 121, 1 / 88])
-    high = stae.high_pass(dot)[0, 0, 8, [8, 7, 4]]
-    assert high.tolist() == approx([1, 1 / 24, 0], abs=0.02)
-    edges = stae.find_edges(dot)[0, 0, [8, 8, 7], [8, 7, 7]]
-    assert edges.tolist() == approx([0, 1, 0.5**0.5], abs=0.01)
-    contrast = stae.local_contrast(dots)[0, 0]  # a faint dot is as strong as a bright one
-    assert contrast[4, 4] > 0.98 and contrast[11, 11] > 0.85 and contrast[0, 15] == 0.5
-    pink = stae.boost_colour(torch.tensor([0.6, 0.3, 0.3]).view(1, 3, 1, 1))
-    assert pink.flatten().tolist() == approx([0.4 + 1.4 * 0.36, 0.4 - 1.4 * 0.18, 0.4 - 1.4 * 0.18])
-
-
-@each("place", range(1, 6))
-def test_filters_of_flat_images_show_nothing_and_are_not_steep(place):
-    _, function = stae.draw_transform("stack", SHAPE, None)[place]
-    flat = torch.full(SHAPE, 0.6, requires_grad=True)
-    found = function(flat)
-    assert found.std() < 1e-3
-    (found * uniform(*SHAPE)).mean().backward()
-    assert flat.grad.abs().max() < 10
+    assert torch.equal(drawn(x)[0], drawn(other)[0]) and torch.equal(drawn(x), again(x))
+    assert torch.equal(drawn(x), another(x)) == (name == "none")
 
 
 @each("height", [24, 16])
@@ -269,7 +240,7 @@ def loss_by_hand(model, masked, x, transform, slices, judge, weight):
     """The losses in plain autograd; our functions are d and SIGReg alone."""
 
     def judged(images):
-        return sum(w * stae.distance(judge(T(x)), judge(T(images)), weight) for w, T in transform)
+        return stae.distance(judge(transform(x)), judge(transform(images)), weight)
 
     if not masked:
         z = model.encode(x)
@@ -313,8 +284,8 @@ def test_pixels_are_compared_by_the_baseline_alone():
     expected = (model.decode(model.encode(with_holes(x))) - x).square().mean()
     assert_close(stae.mse_loss(model, x, with_holes(x))[0], expected)
     # What the judge does not see, here the right half, has no part in the loss
-    left, identity = lambda y: model.encoder(y[..., :8]), [(1.0, lambda y: y)]
-    stae.judged_distance(left, identity, x, x_hat, 1.0).backward()
+    left, T = lambda y: model.encoder(y[..., :8]), lambda y: y
+    stae.judged_distance(left, T, x, x_hat, 1.0).backward()
     assert x_hat.grad[..., 8:].abs().max() == 0 and x_hat.grad[..., :8].abs().min() > 0
 
 
@@ -367,7 +338,7 @@ WRONG_USE = {
     r"features \(1, 3\)": lambda: stae.distance([X[:1, :, 0, 0]], [X[:1, :, 0, 0]]),
     r"codes \(6, 3, 16\)": lambda: stae.sigreg(X[..., 0], torch.rand(3, 8)),
     r"codes \(6, 3\).*D 4": lambda: stae.sigreg(X[..., 0, 0], torch.rand(4, 8)),
-    r"decodes \(6, 3, 16, 8\)": lambda: stae.stae_loss(NARROW, X, [], torch.rand(3, 8), abs),
+    r"decodes \(6, 3, 16, 8\)": lambda: stae.stae_loss(NARROW, X, abs, torch.rand(3, 8), abs),
 }
 
 
@@ -394,11 +365,14 @@ def test_nothing_on_a_cuda_device_meets_the_cpu(monkeypatch):
     with FakeTensorMode() as fake, torch.device("cuda"):  # shapes alone; refuses mixed devices
         model, x, slices = stae.Autoencoder(3, 4, 4), torch.rand(SHAPE), torch.rand(4, 8)
         images, holes = x.byte(), torch.ones(6, 4).long()
+
+    def turned_crop(x):
+        return stae.apply_symmetries(stae.crop(x, holes), holes[:, 0])
+
     with fake:
-        transform = stae.draw_transform("stack", SHAPE, None)
-        transform.append((1, lambda x: stae.apply_symmetries(stae.crop(x, holes), holes[:, 0])))
-        rest = transform, slices, stae.freeze(model.encoder), 0.03, 1.0
-        loss, _ = stae.masked_loss(model, x, stae.cut_holes(x, holes), *rest)
+        holed = stae.cut_holes(x, holes)
+        rest = slices, stae.freeze(model.encoder), 0.03, 1.0
+        loss, _ = stae.masked_loss(model, x, holed, turned_crop, *rest)
         assert loss.device.type == "cuda"
         for measured in (model, stae.PCA(images, 4, "cuda")):
             stae.evaluate(measured, images, images, "cuda", holes)
@@ -639,7 +613,7 @@ STOPS = [  # flags, and in which call of what the run is stopped
     ("--masked --latent-dim 3 --transform pixel", stae, "draw_loss", 5),
     ("--objective mse", torch, "save", 2),
     ("--masked --objective mse", Path, "replace", 2),
-    ("--transform stack", stae, "report", 1),
+    ("--transform patch", stae, "report", 1),
     ("", stae.csv, "DictWriter", 3),
 ]
 
