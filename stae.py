@@ -45,7 +45,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -380,15 +379,7 @@ def mse_loss(model, images, holed=None):
     return loss, {"mse": loss}
 
 
-# 5. Data: images uint8 (N, C, S, S), and labels int64 (N,) or None --------------------------------
-
-
-class Split(NamedTuple):
-    """Images, uint8 (N, C, S, S) or a list of files to decode, and labels, int64 (N,) or None,
-    which training does not use: they are for samples/controls.py."""
-
-    images: object
-    labels: object = None
+# 5. Data: images uint8 (N, C, S, S) to train on and to test on; labels are not read ---------------
 
 
 class BadInput(ValueError):
@@ -419,34 +410,28 @@ def seeded(device, *key):
 
 
 def load_data(dataset, root="data", size=0):
-    """Load "shapes", "cifar10", "celeba" (in `root`), a folder or an .npz -> the Split to train on
-    and the Split to test on. Raises BadInput.
+    """Load "shapes", "cifar10", "celeba" (in `root`), a folder or an .npz -> the images to train on
+    and those to test on, uint8 (N, C, S, S). Raises BadInput.
 
     size: side of the square images; 0: as they are, 64 for a folder, 128 for celeba."""
-    crop_side = None
+    if dataset == "celeba":
+        splits = list_celeba(Path(root, "celeba", "img_align_celeba"))
+        return [read_images(files, size or 128, crop=128)[0] for files in splits]
     if dataset == "shapes":
         splits = make_shapes(12_000)
     elif dataset == "cifar10":
         splits = read_cifar10(root)
-    elif dataset == "celeba":
-        splits = list_celeba(Path(root, "celeba", "img_align_celeba"))
-        size, crop_side = size or 128, 128
     elif dataset.endswith(".npz"):
         splits = read_npz(dataset)
     else:
         splits = list_folder(Path(dataset))
-        size = size or 64
-    for place, (images, labels) in enumerate(splits):
-        if torch.is_tensor(images):
-            splits[place] = Split(resize(images, size), labels)
-        else:
-            splits[place] = Split(read_images(images, size, crop_side)[0])
-    return splits
+        return [read_images(files, size or 64)[0] for files in splits]
+    return [resize(images, size) for images in splits]
 
 
 def make_shapes(count, size=32):
     """Draw two discs, rings or rectangles per image, grey on black, after the author's toy set.
-    The label is the kind of the front one. Edges are integers, the same on every machine."""
+    Edges are integers, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high):
@@ -467,9 +452,9 @@ def make_shapes(count, size=32):
         inside = torch.where(kind == 0, disc, torch.where(kind == 1, ring, rectangle))
         cover = (inside.clamp(0, 1) * 256).int()
         canvas = (grey * cover + canvas * (256 - cover)) // 256
-    images, labels = canvas.to(torch.uint8)[:, None], kind.flatten()
+    images = canvas.to(torch.uint8)[:, None]
     end = count - count // 6
-    return [Split(images[:end], labels[:end]), Split(images[end:], labels[end:])]
+    return [images[:end], images[end:]]
 
 
 def read_cifar10(root):
@@ -478,35 +463,28 @@ def read_cifar10(root):
     for train in (True, False):
         with reading(f"{root}/cifar-10-batches-py, downloaded unless it is there"):
             stored = datasets.CIFAR10(root, train=train, download=True)
-        images = torch.from_numpy(stored.data).permute(0, 3, 1, 2)
-        splits.append(Split(images, torch.tensor(stored.targets)))
+        splits.append(torch.from_numpy(stored.data).permute(0, 3, 1, 2))
     return splits
 
 
 def read_npz(path):
-    """Read x_train, x_test, uint8 (N, H, W) or (N, H, W, 1 or 3), and, both or none, y_train,
-    y_test, integers (N,) or (N, 1). Raises BadInput that tells what was found."""
+    """Read x_train and x_test, uint8 (N, H, W) or (N, H, W, 1 or 3). Raises BadInput that tells
+    what was found."""
     with reading(path), np.load(path) as file:
         arrays = dict(file)
     found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
     print(f"{path}: {found}")
     splits = []
-    for x_name, y_name in (("x_train", "y_train"), ("x_test", "y_test")):
-        need(x_name in arrays, f"{path}: needs {x_name}; found {found}")
-        x, y = arrays[x_name], arrays.get(y_name)
+    for name in ("x_train", "x_test"):
+        need(name in arrays, f"{path}: needs {name}; found {found}")
+        x = arrays[name]
         if x.ndim == 3:
             x = x[..., None]
         fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
         need(fine, f"{path}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3); found {found}")
-        if y is not None:
-            fine = y.dtype.kind in "iu" and y.shape in (x.shape[:1], (len(x), 1))
-            need(fine, f"{path}: {y_name} must be {len(x)} integers; found {found}")
-            y = torch.from_numpy(y.reshape(-1).astype(np.int64))
-        splits.append(Split(torch.from_numpy(x).permute(0, 3, 1, 2), y))
-    train, test = splits
-    fine = train.images.shape[1:] == test.images.shape[1:]
-    fine = fine and (train.labels is None) == (test.labels is None)
-    need(fine, f"{path}: x_train, x_test or y_train, y_test do not match; found {found}")
+        splits.append(torch.from_numpy(x).permute(0, 3, 1, 2))
+    same = splits[0].shape[1:] == splits[1].shape[1:]
+    need(same, f"{path}: x_train and x_test differ in size or channels; found {found}")
     return splits
 
 
@@ -519,7 +497,7 @@ def list_celeba(folder):
     test = [file for file in files if file.stem >= "182638"]
     print(f"{folder}: {len(train):,} and {len(test):,} faces, official splits without validation")
     need(train and test, f"{folder}: lacks faces of a split; unpack img_align_celeba.zip there")
-    return [Split(train), Split(test)]
+    return [train, test]
 
 
 def find_files(folder, above=()):
@@ -545,7 +523,7 @@ def name_hash(name):
 
 
 def list_folder(folder):
-    """List the images below a folder -> two Splits of files, and print what was found: train/ and
+    """List the images below a folder -> two lists of files, and print what was found: train/ and
     test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
     a new file moves no other one."""
     need(folder.is_dir(), f"{folder}: no such folder; or is it shapes, cifar10, celeba, .npz?")
@@ -578,7 +556,7 @@ def list_folder(folder):
     for reason, files in left_out.items():
         print(f"left out {len(files):,}: {reason}; the first is {files[0]}")
     need(train, f"--dataset {folder}: holds no two images")
-    return [Split([folder / name for name in part]) for part in (train, test)]
+    return [[folder / name for name in part] for part in (train, test)]
 
 
 def read_images(paths, size, crop=None):
@@ -966,26 +944,15 @@ def ssim(x, y):
     return score.mean(dim=(1, 2, 3))
 
 
-def chroma(images):
-    """Return what is colour in images (B, 3, H, W): Cb and Cr of BT.601, (B, 2, H, W)."""
-    rows = [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
-    return torch.einsum("pc,bchw->bphw", torch.tensor(rows, device=images.device), images)
-
-
 def measure_images(model, images, device):
     """Measure reconstructions of images (N, C, S, S) uint8. psnr: of the mean squared error over
-    all images, in dB; psnr_chroma: that of colour; ssim: mean over images."""
-    errors, colour_errors, similarities = [], [], []
+    all images, in dB; ssim: mean over images."""
+    errors, similarities = [], []
     for x in batches_of(images, device):
         x_hat = model.decode(model.encode(x))
         errors.append((x_hat - x).square().mean(dim=(1, 2, 3)))
         similarities.append(ssim(x, x_hat))
-        if x.shape[1] == 3:
-            colour_errors.append(chroma(x_hat - x).square().mean(dim=(1, 2, 3)))
-    results = {"psnr": decibels(errors), "ssim": torch.cat(similarities).mean().item()}
-    if colour_errors:
-        results["psnr_chroma"] = decibels(colour_errors)
-    return results
+    return {"psnr": decibels(errors), "ssim": torch.cat(similarities).mean().item()}
 
 
 def measure_holes(model, images, holes, mean, device):
@@ -1204,10 +1171,10 @@ def open_run(folder, settings, data, device):
 
 
 def load_images(dataset, size, root):
-    """Return the images of load_data to train and to test on. root: --data, or None."""
+    """Return what load_data returns. root: --data, or None."""
     in_root = dataset in ("cifar10", "celeba")
     need(in_root or not root, f"--data {root}: only for cifar10 and celeba; other data: --dataset")
-    return [split.images for split in load_data(dataset, root or "data", size)]
+    return load_data(dataset, root or "data", size)
 
 
 def train_run(flags, given):

@@ -8,9 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import stae  # noqa: E402
@@ -18,9 +20,28 @@ import stae  # noqa: E402
 LIMITS = (0, 1, 3, 7)  # of bands of spatial frequency, inclusive, in cycles per image
 
 
+def load_labels(dataset, root):
+    """Return the labels, int64 (N,), of the images to train on and of those to test on, or None:
+    only cifar10 and an .npz with y_train and y_test have any."""
+    if dataset == "cifar10":
+        splits = [datasets.CIFAR10(root, train).targets for train in (True, False)]
+        return [torch.tensor(targets) for targets in splits]
+    if dataset.endswith(".npz"):
+        with np.load(dataset) as file:
+            if "y_train" in file and "y_test" in file:
+                splits = file["y_train"], file["y_test"]
+                return [torch.from_numpy(y.reshape(-1).astype(np.int64)) for y in splits]
+    return None
+
+
 def gather(function, images, device):
     """Apply a function of floats (B, C, S, S) to images uint8 -> (N, D) on the CPU."""
     return torch.cat([function(x).flatten(1).cpu() for x in stae.batches_of(images, device)])
+
+
+def total(parts):
+    """Sum a list of (B, ...) over all images, in double precision."""
+    return torch.cat(parts).cpu().double().sum(dim=0)
 
 
 def variation(images, region):
@@ -31,75 +52,101 @@ def variation(images, region):
 
 
 def band_powers(images):
-    """Return the power of images (B, C, S, S) in each band of frequency, a list of 5 x (B,)."""
+    """Return the power of images (B, C, S, S) in each band of spatial frequency, (B, 5)."""
     frequency = torch.fft.fftfreq(images.shape[2], 1 / images.shape[2], device=images.device)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt()
     band = torch.bucketize(radius, radius.new_tensor(LIMITS))
     power = torch.fft.fft2(images).abs().square().sum(dim=1)  # (B, S, S)
-    return [power[:, band == number].sum(dim=1) for number in range(len(LIMITS) + 1)]
+    bands = [power[:, band == number].sum(dim=1) for number in range(len(LIMITS) + 1)]
+    return torch.stack(bands, dim=1)
 
 
-def measure_pictures(model, images, holes, masked, device):
-    """Measure reconstructions of images (N, C, S, S) uint8. psnr_luma: PSNR of Y of BT.601.
+def chroma(images):
+    """Return what is colour in images (B, 3, H, W): Cb and Cr of BT.601, (B, 2, H, W)."""
+    rows = [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    return torch.einsum("pc,bchw->bphw", torch.tensor(rows, device=images.device), images)
+
+
+def measure_pictures(model, images, device):
+    """Measure reconstructions of images (N, C, S, S) uint8. psnr_chroma: PSNR of colour alone.
     sharpness: the sum of differences of neighbours, over that of the originals; below 1 is blur.
     kept_..., error_...: by bands of spatial frequency, up to so many cycles per image, the power of
     (reconstruction - mean image) and of (reconstruction - original), in % of that of (original -
     mean image). Their sum is 100 % where the decoder gives the conditional mean, the best guess
-    from the code; less is missing information, more is invented detail. If masked, of images with
-    holes (N, 4), hole_sharpness: inside of these; visible_psnr: outside; masked_ssim: of it all."""
+    from the code; less is missing information, more is invented detail."""
     mean = sum(x.sum(dim=0) for x in stae.batches_of(images, device)) / len(images)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)
-    rows, first = [], 0
+    sharp, sharp_hat, colour_errors, power, kept, wrong = [], [], [], [], [], []
+    for x in stae.batches_of(images, device):
+        x_hat = model.decode(model.encode(x))
+        everywhere = torch.ones_like(x)
+        sharp.append(variation(x, everywhere))
+        sharp_hat.append(variation(x_hat, everywhere))
+        power.append(band_powers(x - mean))
+        kept.append(band_powers(x_hat - mean))
+        wrong.append(band_powers(x_hat - x))
+        if x.shape[1] == 3:
+            colour_errors.append(chroma(x_hat - x).square().mean(dim=(1, 2, 3)))
+    results = {"sharpness": (total(sharp_hat) / total(sharp)).item()}
+    if colour_errors:
+        results["psnr_chroma"] = stae.decibels(colour_errors)
+    whole = total(power).clamp(min=1e-9)
+    kept_shares, error_shares = 100 * total(kept) / whole, 100 * total(wrong) / whole
+    for place, band in enumerate([*LIMITS, "high"]):
+        results[f"kept_{band}"] = kept_shares[place].item()
+        results[f"error_{band}"] = error_shares[place].item()
+    return results
+
+
+def measure_filled(model, images, holes, device):
+    """Measure images uint8 that are decoded from those with holes (N, 4). hole_sharpness: as
+    sharpness, inside of the holes; visible_psnr: outside of them; masked_ssim: of the whole."""
+    sharp, sharp_hat, errors, similarities, first = [], [], [], [], 0
     for x in stae.batches_of(images, device):
         boxes = holes[first : first + len(x)].to(device)
         first += len(x)
-        x_hat = model.decode(model.encode(x))
-        filled = model.decode(model.encode(stae.cut_holes(x, boxes)))
-        inside, outside = stae.hole_mask(boxes, x), 1 - stae.hole_mask(boxes, x)
-        row = [variation(x_hat, inside + outside), variation(x, inside + outside)]
-        row += [variation(filled, inside), variation(x, inside), stae.ssim(x, filled)]
-        for plane in (((x_hat - x) * luma).sum(dim=1), (filled - x) * outside, outside):
-            row.append(plane.square().flatten(1).mean(dim=1))
-        row += band_powers(x - mean) + band_powers(x_hat - mean) + band_powers(x_hat - x)
-        rows.append(torch.stack(row, dim=1).cpu())
-    means = torch.cat(rows).double().mean(dim=0)
-    sharp, sharp_x, sharp_hole, sharp_hole_x, similarity, grey, error, area = means[:8].split(1)
-    results = {"psnr_luma": stae.decibels([grey]), "sharpness": (sharp / sharp_x).item()}
-    power, kept, wrong = means[8:].clamp(min=1e-9).view(3, -1)
-    for place, band in enumerate([*LIMITS, "high"]):
-        results[f"kept_{band}"] = (100 * kept[place] / power[place]).item()
-        results[f"error_{band}"] = (100 * wrong[place] / power[place]).item()
-    if masked:
-        results |= {"hole_sharpness": (sharp_hole / sharp_hole_x).item()}
-        results |= {"visible_psnr": stae.decibels([error / area]), "masked_ssim": similarity.item()}
-    return results
+        x_hat = model.decode(model.encode(stae.cut_holes(x, boxes)))
+        inside = stae.hole_mask(boxes, x)
+        outside = 1 - inside
+        sharp.append(variation(x, inside))
+        sharp_hat.append(variation(x_hat, inside))
+        error = ((x_hat - x) * outside).square().mean(dim=(1, 2, 3))
+        errors.append(error / outside.mean(dim=(1, 2, 3)))
+        similarities.append(stae.ssim(x, x_hat))
+    return {
+        "hole_sharpness": (total(sharp_hat) / total(sharp)).item(),
+        "visible_psnr": stae.decibels(errors),
+        "masked_ssim": total(similarities).item() / len(images),
+    }
 
 
-def measure_codes(model, train, test, classifier, device):
-    """Measure codes. rankme, arXiv 2210.02885: how many dimensions 2,000 of them fill. In % of the
-    labels told right, knn_code: by the 20 nearest codes of `train`, by cosine; probe_code,
-    probe_features: by a linear probe of codes, of inner activations pooled to 4x4; recognition: by
-    a classifier of originals that is shown reconstructions."""
-    known, asked = (gather(model.encode, split.images, device) for split in (train, test))
+def measure_codes(model, train, test, labels, classifier, device):
+    """Measure codes of images uint8, in % of the labels (of train, of test) told right. knn_code:
+    by the 20 nearest codes of `train`, by cosine. probe_code, probe_features: by a linear probe of
+    codes, of inner activations pooled to 4x4. recognition: by a classifier of originals that is
+    shown reconstructions."""
+    train_labels, test_labels = labels
+    known, asked = gather(model.encode, train, device), gather(model.encode, test, device)
     if isinstance(model, stae.PCA):  # without its scale, distances of codes are those of pixels
         known, asked = known * model.scale.cpu(), asked * model.scale.cpu()
-    spread = torch.linalg.svdvals(asked[:2000])
-    results = {"rankme": torch.special.entr(spread / spread.sum()).sum().exp().item()}
-    if test.labels is None:
-        return results
     nearest = (F.normalize(asked) @ F.normalize(known).T).topk(min(20, len(known))).indices
-    guesses = {"knn_code": train.labels[nearest].mode(dim=1).values}
-    guesses["probe_code"] = linear_probe(known, train.labels, asked)
+    guesses = {"knn_code": train_labels[nearest].mode(dim=1).values}
+    guesses["probe_code"] = linear_probe(known, train_labels, asked)
     if isinstance(model, stae.Autoencoder):
-        pool, parts = nn.AdaptiveAvgPool2d(4), (train.images, test.images)
-        known, asked = (gather(lambda x: pool(model.encoder(x)[-1]), y, device) for y in parts)
-        guesses["probe_features"] = linear_probe(known, train.labels, asked)
+
+        def inner(x):
+            return F.adaptive_avg_pool2d(model.encoder(x)[-1], 4)
+
+        known, asked = gather(inner, train, device), gather(inner, test, device)
+        guesses["probe_features"] = linear_probe(known, train_labels, asked)
     if classifier:
-        scores = gather(lambda x: classifier(model.decode(model.encode(x))), test.images, device)
+        scores = gather(lambda x: classifier(model.decode(model.encode(x))), test, device)
         guesses["recognition"] = scores.argmax(dim=1)
-    for name, guess in guesses.items():
-        results[name] = 100 * (guess == test.labels).double().mean().item()
-    return results
+    return {name: percent(guess, test_labels) for name, guess in guesses.items()}
+
+
+def percent(guess, labels):
+    """Return how many of the labels (N,) are told right, in %."""
+    return 100 * (guess == labels).double().mean().item()
 
 
 def linear_probe(x, labels, test, strength=0.01):
@@ -149,28 +196,33 @@ def measure_all(flags):
     stae.need(len(kinds) == 1, f"{sorted(kinds)} are different data; pass --dataset, or fewer runs")
     dataset, size, channels = kinds.pop()
     train, test = stae.load_data(dataset, flags.data, size)
-    stae.need(train.images.shape[1] == channels, f"--dataset {dataset}: not of {channels} channels")
-    picked = torch.randperm(len(train.images), generator=stae.seeded("cpu", 0))[:10_000]
-    some = stae.Split(*(part[picked] for part in train if part is not None))
-    settings = loaded[-1][1]
-    for size in sorted(size for size in sizes if size <= 2048):
-        columns[f"PCA {size}"] = stae.PCA(train.images, size, device), settings
+    stae.need(train.shape[1] == channels, f"--dataset {dataset}: not of {channels} channels")
+    for n in sorted(n for n in sizes if n <= 2048):
+        columns[f"PCA {n}"] = stae.PCA(train, n, device), loaded[-1][1]
+    labels = load_labels(dataset, flags.data)
+    picked = torch.randperm(len(train), generator=stae.seeded("cpu", 0))[:10_000]
     classifier, tables = None, {}
-    if train.labels is None:
+    if labels is None:
         print(f"{dataset}: no labels, so no recognition, probes and nearest neighbours")
-    elif flags.recognition:
-        classifier = train_classifier(*train, device, flags.steps)
+    else:
+        some = train[picked], test, (labels[0][picked], labels[1])
+        torch.manual_seed(0)
+        untrained = stae.new_model(loaded[-1][1], channels).to(device).eval()
+        if flags.recognition:
+            classifier = train_classifier(train, labels[0], device, flags.steps)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for name, (model, s) in columns.items():
-            holes = stae.draw_holes(test.images.shape, stae.seeded("cpu", 0), s.hole)
-            tables[name] = measure_pictures(model, test.images, holes, s.masked, device)
-            tables[name] |= measure_codes(model, some, test, classifier, device)
-        torch.manual_seed(0)
-        untrained = stae.new_model(settings, channels).to(device).eval()
-        tables["untrained"] = measure_codes(untrained, some, test, None, device)
+            tables[name] = measure_pictures(model, test, device)
+            if s.masked:
+                holes = stae.draw_holes(test.shape, stae.seeded("cpu", 0), s.hole)
+                tables[name] |= measure_filled(model, test, holes, device)
+            if labels:
+                tables[name] |= measure_codes(model, *some, classifier, device)
+        if labels:
+            tables["untrained"] = measure_codes(untrained, *some, None, device)
         if classifier:
-            right = gather(classifier, test.images, device).argmax(dim=1) == test.labels
-            tables["originals"] = {"recognition": 100 * right.double().mean().item()}
+            right = gather(classifier, test, device).argmax(dim=1)
+            tables["originals"] = {"recognition": percent(right, labels[1])}
     return tables
 
 
