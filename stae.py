@@ -6,7 +6,7 @@
     python stae.py --dataset celeba --masked             # faces with a hole in them, completed
     python stae.py --eval runs/ONE runs/OTHER            # one table and one picture of several runs
 
-The method is sections 1 to 4, which need torch alone:
+The method is sections 1 to 4; copied out, they need torch alone:
 
     z = E(x), x_hat = D(z)                               # encoder and decoder
     loss = d(J(T(x)), J(T(x_hat))) + lambda * SIGReg(z)  # T: the same random crop or mask for both
@@ -28,8 +28,10 @@ From Matteo Peluso ("the author" below): the objective, the network, the transfo
     mode, the frozen judge. "Self-Teaching Autoencoder", 2026,
     https://github.com/the-puzzler/leautoencoder
 From LeJEPA: SIGReg. Balestriero and LeCun, arXiv 2511.08544, 2025.
-Ours: larger crops, mirrored and turned; the scale of d; the norm of the code; inner activations;
-    training and evaluation. README.md has a table of what differs, with the author's values.
+Ours, in brackets what the author has: crops of half to all of the side (of one pixel, or 0.15 of
+    the side), mirrored and turned (not); d in units of x's features (each side in its own); a
+    BatchNorm of the code (affine; it sees T(x) too); inner activations (none); training and
+    evaluation. README.md has a table of this, with flags.
 """
 
 import argparse
@@ -55,7 +57,7 @@ from torchvision import datasets, utils
 from torchvision.transforms import functional as TF
 
 
-# 1. Model: the author's network, but for the norm of the code -------------------------------------
+# 1. Model: the author's network, but for the BatchNorm of the code --------------------------------
 
 
 class Down(nn.Module):
@@ -92,7 +94,7 @@ class Up(nn.Module):
 class Encoder(nn.Module):
     """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or
     (B, n, 1, 1), then inner activations (B, 2w, H/4, W/4); not those of the stem, which are nearly
-    a linear function of the pixels. The norm of the code is not here: it must not see T(x)."""
+    a linear function of the pixels. The BatchNorm of the code is not here: it must not see T(x)."""
 
     def __init__(self, channels, width, latent_channels, latent_dim=0, size=32):
         super().__init__()
@@ -111,7 +113,7 @@ class Encoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, norm of the code, decoder: images (B, channels, 8a, 8b) in [0, 1], a and b integers.
+    """Encoder, BatchNorm, decoder: images (B, channels, 8a, 8b) in [0, 1], a and b integers.
 
     width: w, the channels after the stem. latent_channels: C of a code (B, C, H/8, W/8); it must
     divide 8w. latent_dim: n, for a global code (B, n, 1, 1) of images of side `size` instead."""
@@ -120,7 +122,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.size = size
         self.encoder = Encoder(channels, width, latent_channels, latent_dim, size)
-        # Not affine: a learned scale would fight SIGReg. New features have a variance of only 1e-5
+        # Not affine: a learned scale would fight SIGReg. A tiny eps: new features vary by 1e-5 only
         self.norm = nn.BatchNorm2d(latent_dim or latent_channels, affine=False, eps=1e-8)
         layers = [Up(latent_channels, 2 * width), Up(2 * width, width), nn.Upsample(scale_factor=2)]
         if latent_dim:
@@ -143,7 +145,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` uniform directions, unit columns (dimensions, count); 2 a dimension will do."""
+    """Draw `count` uniform directions, unit columns (dimensions, count); two per dimension do."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
@@ -154,8 +156,9 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     Along each slice the characteristic function of the N projected codes is compared with
     exp(-t^2/2), that of a standard Gaussian: N times the integral over [-t_max, t_max] of the
     squared gap times exp(-t^2/2). Mean over slices, and over the places of a spatial code.
-    N(0, I) gives 1.05 on average, for any N and D. A fixed mismatch grows with N, so twice the
-    batch wants half of the weight in a loss. Raises ValueError for other shapes."""
+    N(0, I) gives 1.05 on average, for any N and D; (N, D) standardised by their own batch, as the
+    global codes of a training step, 0.5 to 0.6. A fixed mismatch grows with N, so twice the batch
+    wants half of the weight in a loss. Raises ValueError for other shapes."""
     if codes.dim() not in (2, 4) or codes.shape[1] != len(slices):
         shape, D = tuple(codes.shape), len(slices)
         raise ValueError(f"codes {shape}: need (N, D) or (N, D, h, w), D {D}; flatten tokens")
@@ -181,20 +184,22 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
     batch of this shape.
 
     crop: a box, crop_range of the image's sides, enlarged and, if turn, mirrored and turned.
-    pixel, patch (4x4): round(mask_ratio * places) of them black, the same in all channels.
-    channel: each black with probability mask_ratio. none: nothing. Raises ValueError for another
-    name or an impossible share."""
+    pixel, patch (4x4, for sides 4a, 4b): round(mask_ratio * places) of them, never all, are black
+    in all channels. channel: each is black with probability mask_ratio, grey images as a whole.
+    none: nothing is done. Raises ValueError for another name or an impossible share."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
-    if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio <= 1):
-        raise ValueError(f"crop_range {crop_range}, mask_ratio {mask_ratio}: shares are in (0, 1]")
+    if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio < 1):
+        raise ValueError(
+            f"crop_range {crop_range}, mask_ratio {mask_ratio}: shares lie between 0 and 1"
+        )
     if name == "none":
         return lambda images: images
     if name == "crop":
         boxes = draw_boxes(shape, generator, *crop_range)
         if not turn:
             return lambda images: crop(images, boxes)
-        # Judged in all orientations, none is overlooked; E-LPIPS does so too, arXiv 1906.03973
+        # What the judge overlooks in one orientation it sees in another; so E-LPIPS, 1906.03973
         kinds = 8 if shape[2] == shape[3] else 4
         symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
         return lambda images: apply_symmetries(crop(images, boxes), symmetries)
@@ -247,7 +252,7 @@ def crop(images, boxes):
 
 
 def apply_symmetries(images, symmetries):
-    """Mirror and turn images (B, C, H, W) by symmetries (B,): 0 to 7, or to 3 where H is not W."""
+    """Mirror and turn images (B, C, H, W) by symmetries (B,), 0 to 7, or 0 to 3 if H is not W."""
     bits = [((symmetries >> bit) & 1).bool()[:, None, None, None] for bit in range(3)]
     images = torch.where(bits[0], images.flip(3), images)
     images = torch.where(bits[1], images.flip(2), images)
@@ -256,8 +261,9 @@ def apply_symmetries(images, symmetries):
 
 
 def draw_holes(shape, generator, ratio=0.35):
-    """Draw a hole in each image of `shape` (B, C, H, W) -> boxes (B, 4). It takes the share `ratio`
-    of the area: its sides are round(sqrt(ratio) * H) and so on, of one pixel to all but one."""
+    """Draw a hole in each image of `shape` (B, C, H, W) -> boxes (B, 4), of about the share `ratio`
+    of the area: s * H by s * W, rounded, s = sqrt(ratio), but never all of the image. Raises
+    ValueError for a ratio outside (0, 1)."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio}: a hole's share of the area must lie between 0 and 1")
     side = min(ratio**0.5, 1 - 1 / min(shape[2:]))
@@ -280,7 +286,8 @@ def cut_holes(images, holes):
     return images.lerp(mean, hole_mask(holes, images))
 
 
-# 4. Objective: the losses. They work with any model that has --------------------------------------
+# 4. Objective: the losses -------------------------------------------------------------------------
+# They work with any model that has
 #     model.encode(images) -> code (B, D) or (B, C, h, w), of about N(0, 1) in each channel
 #     model.decode(code) -> images in [0, 1], of the input's shape
 #     model.encoder(images) -> features like a code, or a list of these and of inner activations
@@ -309,24 +316,27 @@ def freeze(encoder):
 
 
 def distance(target, seen, layer_weight=0.0):
-    """Return d, how far what the judge sees in x_hat is from what it sees in x, in float32.
+    """Return d, the distance between what the judge sees in x and in x_hat, in float32.
 
     target, seen: features (B, D), B > 1, or (B, C, h, w), or a list of these and of inner
     activations. Features: mean of (seen - target)^2 / v, v the target's variance per channel over
     batch and places. (The author scales both sides by their own batch, which hides a shift common
     to all of its images.) layer_weight (ours) times a sum over inner activations is added, of
-    mean((seen - target)^2) / (variance of the target). Raises ValueError for other shapes."""
+    mean((seen - target)^2) / (variance of the target). Raises ValueError for shapes that differ
+    or are none of these."""
     if torch.is_tensor(target):
         target, seen = [target], [seen]
-    shape = tuple(target[0].shape)
-    if len(shape) not in (2, 4) or target[0].numel() == shape[1] or seen[0].shape != shape:
+    shape, seen_shape = tuple(target[0].shape), tuple(seen[0].shape)
+    if shape != seen_shape:
+        raise ValueError(f"features {shape} of x, but {seen_shape} of x_hat")
+    if len(shape) not in (2, 4) or target[0].numel() == shape[1]:
         raise ValueError(f"features {shape}: need (B, D), B > 1, or (B, C, h, w); pool tokens")
     if layer_weight and len(target) < 2:
         raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
     features, seen_features = target[0].float(), seen[0].float()
     all_but_channels = [dim for dim in range(len(shape)) if dim != 1]
-    # New features have variances of 1e-5 to 1e-3. Not detached: else a live judge could lower the
-    # loss by shrinking its features until 1e-6 counts
+    # 1e-6 is small: new features have variances of 1e-5 to 1e-3. The variance is not detached, or
+    # a live judge would lower the loss by shrinking its features
     variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
     total = ((seen_features - features).square() / (variance + 1e-6)).mean()
     if layer_weight:
@@ -346,8 +356,9 @@ def judged_distance(judge, transform, images, x_hat, layer_weight):
 def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
     """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name.
 
-    slices: (D, M), D the channels of z. judge: freeze(model.encoder); model.encoder is a live one,
-    which learns from both images. sigreg_weight: lambda; halve it when B doubles."""
+    slices: (D, M), D the channels of z. judge: freeze(model.encoder), or model.encoder itself, a
+    live one, for comparison: the distance then trains its weights too. sigreg_weight: lambda, 0.03
+    for a batch of 128; halve it when B doubles."""
     z = model.encode(images)
     judged = judged_distance(judge, transform, images, model.decode(z), layer_weight)
     regulariser = sigreg(z, slices)
@@ -373,7 +384,8 @@ def masked_loss(
 
 
 def mse_loss(model, images, holed=None):
-    """Return the baseline's loss, mean((D(E(x)) - x)^2), and its term. holed: encoded instead."""
+    """Return the baseline's loss, mean((D(E(x)) - x)^2), and its term. holed: what E sees
+    instead, the same images with holes."""
     x_hat = model.decode(model.encode(images if holed is None else holed))
     loss = (x_hat - images).square().mean()
     return loss, {"mse": loss}
@@ -631,7 +643,7 @@ def setting(default, text, allowed=None):
 
 @dataclass
 class Settings:
-    """All that decides the weights of a run, and nothing else. The defaults are those of shapes."""
+    """The settings that decide the weights of a run, and no others. The defaults are for shapes."""
 
     dataset: str = setting("shapes", "shapes, cifar10, celeba, a folder of images or an .npz")
     size: int = setting(0, "side of the images; 0: as they are, folders 64, celeba 128", (0, 4096))
@@ -643,13 +655,13 @@ class Settings:
     crop_max: float = setting(1.0, "largest share of the side that a crop takes", (0.001, 1))
     turn: bool = setting(False, "mirror and turn crops by the symmetries of the square")
     mask_ratio: float = setting(0.7, "share of the image that a mask blackens", (0.001, 0.999))
-    judge: str = setting("frozen", "frozen: its weights get no gradient", ("frozen", "live"))
+    judge: str = setting("frozen", "live: its weights learn too", ("frozen", "live"))
     layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
-    sigreg_weight: float = setting(0.03, "lambda; the author's, at a batch of 128", (0, 1e6))
+    sigreg_weight: float = setting(0.03, "lambda, the author's for batches of 128", (0, 1e6))
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
-    slices: int = setting(16, "directions SIGReg tests in a step: 2 a channel", (1, 10**7))
+    slices: int = setting(16, "directions of SIGReg: 2 per channel of a code", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
@@ -676,7 +688,7 @@ class Settings:
 
 
 CROPS = dict(transform="crop", turn=True, batch_size=128, steps=5760)
-PRESETS = {  # what changes of the defaults; a folder or an .npz has the preset of cifar10
+PRESETS = {  # what replaces defaults, by dataset and flag; folders, .npz: as cifar10
     "shapes": {},
     "cifar10": dict(CROPS, width=64, lr=3e-3),
     "celeba": dict(CROPS, width=128, lr=1e-3, steps=63_000, latent_channels=32),
@@ -722,7 +734,8 @@ def fingerprint(images):
 
 
 def learning_rate(step, steps, peak):
-    """Return the rate of a step: linear warm-up over 100 steps or a tenth, a cosine to 5 %."""
+    """Return the rate of a step: a linear warm-up over 100 steps or, if that is less, a tenth of
+    all, then a cosine down to 5 % of the peak."""
     warmup = min(100, steps // 10 + 1)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -737,13 +750,13 @@ def draw_batches(images, settings, first):
     for step in range(first, settings.steps):
         epoch, place = divmod(step, len(images) // size)
         if place == 0 or step == first:
-            generator = seeded("cpu", settings.seed, epoch, 0)
+            generator = seeded("cpu", settings.seed, epoch, 0, 0)
             order = torch.randperm(len(images), generator=generator).to(images.device)
         yield step, images[order[place * size : (place + 1) * size]]
 
 
-def draw_loss(model, settings, images, generator):
-    """Draw what is random in a step -> the loss of images (B, C, S, S) in [0, 1], its terms."""
+def step_loss(model, settings, images, generator):
+    """Draw holes, T and slices -> the loss of images (B, C, S, S) in [0, 1], and its terms."""
     shape, holed = images.shape, None
     if settings.masked:
         holed = cut_holes(images, draw_holes(shape, generator, settings.hole))
@@ -768,23 +781,22 @@ def new_model(settings, channels):
 
 
 def train(settings, images, device, folder):
-    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the model.
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the
+    model, in eval mode. Raises BadInput, and FloatingPointError if the loss is no number.
 
-    The images of a step and all that is drawn in it are functions of the seed and the step, so a
-    run that goes on from its last checkpoint ends as if nothing had happened."""
+    The images of a step and all that is drawn in it are functions of the seed and the step, so on
+    one kind of device a run that goes on from its last checkpoint ends as if it had never stopped,
+    on a CPU to the last bit."""
+    side = images.shape[2]
     need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
+    need(settings.size == side, f"--size {settings.size}: the images have {side} pixels a side")
+    need(settings.precision != "auto", "--precision auto: train() needs fp32 or bf16")
     torch.manual_seed(settings.seed)
     model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0, fused=True)
-    history, first = [], 0
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "checkpoint.pt").exists():
-        stored = load_checkpoint(folder)[2]
-        with reading(f"{folder}, to go on with it,"):
-            model.load_state_dict(stored["model"])
-            optimizer.load_state_dict(stored["optimizer"])
-        history = stored["history"]
-        first = history[-1]["step"]
+    history = resume(folder, model, optimizer)
+    first = history[-1]["step"] if history else 0
 
     data, bf16 = fingerprint(images), settings.precision == "bf16"
     start = saved = time.perf_counter()
@@ -794,9 +806,9 @@ def train(settings, images, device, folder):
         # Plain means at first: running averages start at a variance of 1, features at 1e-5
         model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            # The 1 keeps the keys of steps apart from those of epochs
+            # 0, 1: the keys of steps; those of epochs end in 0, 0
             generator = seeded(device, settings.seed, step, 0, 1)
-            loss, terms = draw_loss(model, settings, x, generator)
+            loss, terms = step_loss(model, settings, x, generator)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
         optimizer.zero_grad()
         loss.backward()
@@ -813,6 +825,7 @@ def train(settings, images, device, folder):
             row = {"step": done, **means, "seconds": now - start, "images_per_second": speed}
             left = (settings.steps - done) * (now - start) / (done - window)
             print_row(row, settings.steps, left)
+            check_finite(row)
             history.append(row)
             if now > saved + SAVE_SECONDS or done == settings.steps:
                 save_checkpoint(folder, settings, model, optimizer, history, data)
@@ -820,21 +833,37 @@ def train(settings, images, device, folder):
             start, totals, window = time.perf_counter(), 0.0, done
         elif sys.stdout is not None and sys.stdout.isatty():
             print(f"step {done}/{settings.steps}", end="\r", flush=True)
-    return model
+    return model.eval()
+
+
+def resume(folder, model, optimizer):
+    """Load the last checkpoint of a run into model and optimizer -> its history, [] if none."""
+    if not (folder / "checkpoint.pt").exists():
+        return []
+    stored = load_checkpoint(folder)[2]
+    with reading(f"{folder}, to go on with it,"):
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+    return stored["history"]
 
 
 def print_row(row, steps, left):
-    """Print a row of the log. Raises FloatingPointError for a mean loss that is not finite."""
+    """Print a row of the log."""
     numbers = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
     print(f"step {row['step']}/{steps}", *numbers, f"{left:.0f} s left", sep="  ", flush=True)
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"step {row['step']}: the loss is not finite; try a lower --lr")
+
+
+def check_finite(row):
+    """Raise FloatingPointError if a loss or a gradient was not finite: the weights are spoilt."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(row[name]):
+            raise FloatingPointError(f"step {row['step']}: {name} is not finite; try a lower --lr")
 
 
 def save_checkpoint(folder, settings, model, optimizer, history, data):
     """Write checkpoint.pt, whole or not at all, and log.csv."""
     path = folder / "checkpoint.pt"
-    if path.exists():  # perhaps that of a run which began at the same time
+    if path.exists():  # perhaps of a run with other settings that began at the same time
         same = load_checkpoint(path)[1] == settings
         need(same, f"{folder}: another run was started in it meanwhile; pass another --out")
     state = {
@@ -878,9 +907,9 @@ def load_checkpoint(path):
         model.load_state_dict(stored["model"])
         finite = all(tensor.isfinite().all() for tensor in stored["model"].values())
         need(finite, "its weights are not finite")
-        # The rows of a foreign history would lack what report() reads of them
-        counts = [row["seconds"] * row["images_per_second"] for row in stored["history"]]
-        need(stored["data"] and counts, "it has no history")
+        history, known = stored["history"], {"step", "seconds", "images_per_second"}
+        fine = history and all(row.keys() >= known for row in history)
+        need(fine and stored["data"], "it has no history")
         return model.eval(), settings, stored
 
 
@@ -1003,8 +1032,8 @@ def evaluate(model, train_images, test_images, device, holes=None):
 def play(model, x):
     """Decode changed codes of images (n, C, S, S) -> {name: images (n, C, S, S)}. walk: the first
     channel of the first image's code from -3 to 3. interpolation: from the first code to the last.
-    samples: of N(0, I). brush: the middle of the next image's code is painted into each, when codes
-    have places."""
+    samples: of N(0, I). brush: the middle of the next image's code is painted into each, if codes
+    have 4x4 places or more."""
     z = model.encode(x)
     share = torch.linspace(0, 1, len(z), device=z.device).view(-1, 1, 1, 1)
     walk = z[:1].repeat(len(z), 1, 1, 1)
@@ -1072,7 +1101,7 @@ def report(runs, train_images, test_images, device, folder):
         else:
             print(f"PCA of {size:,} numbers is left out: it would take hours")
     if len(runs) == 1:
-        rows |= play(model, x)
+        rows |= play(model, x)  # that of the only run
     save_picture(folder / "comparison.png", rows)
     print_table(tables)
     (folder / "metrics.json").write_text(json.dumps(tables, indent=1))
@@ -1171,7 +1200,7 @@ def open_run(folder, settings, data, device):
 
 
 def load_images(dataset, size, root):
-    """Return what load_data returns. root: --data, or None."""
+    """Load the data; root, which is --data or None, must be None where it would mean nothing."""
     in_root = dataset in ("cifar10", "celeba")
     need(in_root or not root, f"--data {root}: only for cifar10 and celeba; other data: --dataset")
     return load_data(dataset, root or "data", size)
@@ -1230,8 +1259,9 @@ def compare_runs(flags, given):
         if stored["data"] != here and "dataset" not in given:
             print(f"{label}: was trained on other images than those there now, {stored['data']}")
     folder = Path(flags.out or "runs/eval")
+    number = 1
     while folder.exists() and not flags.out:
-        number = int(folder.name.partition("-")[2] or 1) + 1
+        number += 1
         folder = Path("runs", f"eval-{number}")
     open_folder(folder)
     report(runs, images, test_images, device, folder)
@@ -1253,7 +1283,7 @@ def main(argv=None):
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # only of memory that is full, for which torch has no class of its own on a CPU
+            raise  # a bug; but full memory, which on a CPU has no class of its own, is none
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # nobody reads it: Python must not try once more

@@ -332,9 +332,13 @@ WRONG_USE = {
     "ratio 1:": lambda: stae.draw_holes(SHAPE, None, 1),
     "--steps 3.7: must be int": lambda: stae.Settings(steps=3.7),
     "--masked 'no': must be bool": lambda: stae.Settings(masked="no"),
+    "--precision auto": lambda: stae.train(stae.Settings(size=16), X.byte(), "cpu", Path()),
+    "--size 0: the images have 16": lambda: stae.train(stae.Settings(), X.byte(), "cpu", Path()),
+    "must be uint8, from 0 to 255": lambda: stae.train(stae.Settings(), X, "cpu", Path()),
     "layer_weight 2.0.*no inner": lambda: stae.distance(X, X, layer_weight=2.0),
     "shorter than": lambda: stae.distance([X, X], [X], layer_weight=2.0),
     r"features \(6, 3, 16\).*tokens": lambda: stae.distance(X[..., 0], X[..., 0]),
+    r"features \(6, 3\) of x, but \(6, 8\)": lambda: stae.distance(X[..., 0, 0], X[:, 0, 0, :8]),
     r"features \(1, 3\)": lambda: stae.distance([X[:1, :, 0, 0]], [X[:1, :, 0, 0]]),
     r"codes \(6, 3, 16\)": lambda: stae.sigreg(X[..., 0], torch.rand(3, 8)),
     r"codes \(6, 3\).*D 4": lambda: stae.sigreg(X[..., 0, 0], torch.rand(4, 8)),
@@ -603,9 +607,9 @@ def often(monkeypatch):
 
 
 STOPS = [  # flags, and in which call of what the run is stopped
-    ("", stae, "draw_loss", 1),
-    ("--judge live --precision bf16", stae, "draw_loss", 4),
-    ("--masked --latent-dim 3 --transform pixel", stae, "draw_loss", 5),
+    ("", stae, "step_loss", 1),
+    ("--judge live --precision bf16", stae, "step_loss", 4),
+    ("--masked --latent-dim 3 --transform pixel", stae, "step_loss", 5),
     ("--objective mse", torch, "save", 2),
     ("--masked --objective mse", Path, "replace", 2),
     ("--transform patch", stae, "report", 1),
@@ -655,12 +659,12 @@ def test_a_run_goes_on_with_what_it_began_with_alone(here, capsys):
 
 
 def test_two_runs_do_not_mix_in_one_folder(here, often, monkeypatch, capsys):
-    def begin_another(draw_loss, *arguments):
+    def begin_another(step_loss, *arguments):
         assert run(f"{TINY} --lr 0.02 --out run") == 0
         capsys.readouterr()
-        return draw_loss(*arguments)
+        return step_loss(*arguments)
 
-    change_call(monkeypatch, stae, "draw_loss", 2, begin_another)
+    change_call(monkeypatch, stae, "step_loss", 2, begin_another)
     assert run(f"{TINY} --out run") == 2
     assert "another run was started in it" in one_line(capsys)
     assert stored("run")["settings"]["lr"] == 0.02
@@ -694,9 +698,10 @@ def test_every_epoch_has_all_images_in_an_order_of_its_own():
 
 
 def test_short_runs_have_the_averages_of_their_images(tmp_path):
-    settings = stae.Settings(steps=12, batch_size=100, width=4, lr=1e-9, size=16)
+    settings = stae.Settings(steps=12, batch_size=100, width=4, lr=1e-9, size=16, precision="fp32")
     images = (255 * uniform(24, 3, 16, 16)).byte()  # fewer than a batch
     model = stae.train(settings, images, "cpu", tmp_path / "new")
+    assert not model.training
     features = model.encoder(images.float() / 255)[0].detach()
     assert_close(model.norm.running_mean, features.mean(dim=(0, 2, 3)), **NEAR)
     assert_close(model.norm.running_var, features.var(dim=(0, 2, 3)), **NEAR)
@@ -708,13 +713,20 @@ def make_loss_nan(function, *arguments):
     return loss * math.nan, terms
 
 
+def make_gradient_nan(function, model, *arguments):
+    loss, terms = function(model, *arguments)
+    weight = model.encoder.stem.weight
+    return loss + (weight - weight.detach()).abs().sum().sqrt(), terms
+
+
 def fill_disk(write, path, data):
     write(path, data[:100])
     raise OSError(28, "No space left on device")
 
 
 FAILURES = [
-    (stae, "draw_loss", 3, make_loss_nan, "step 4: the loss is not finite"),
+    (stae, "step_loss", 3, make_loss_nan, "step 4: loss is not finite"),
+    (stae, "step_loss", 4, make_gradient_nan, "step 4: gradient_norm is not finite"),
     (Path, "write_bytes", 2, fill_disk, "No space left on device"),
 ]
 
@@ -907,7 +919,7 @@ def test_the_controls_measure_pictures_by_hand(controls):
 
 
 def test_an_unfinished_run_and_other_images_are_told(here, often, monkeypatch, capsys):
-    change_call(monkeypatch, stae, "draw_loss", 5, interrupt)
+    change_call(monkeypatch, stae, "step_loss", 5, interrupt)
     assert run(f"{TINY} --out run") == 130
     write_npz("tiny.npz", x_train=ZEROS)
     assert run("--eval run --device cpu --out out") == 0
