@@ -670,23 +670,23 @@ class Settings:
 
     def __post_init__(self):
         for item in fields(self):
-            value, allowed = getattr(self, item.name), item.metadata["allowed"]
+            name, value, allowed = flag(item), getattr(self, item.name), item.metadata["allowed"]
             if item.type is float:
                 value = float(value)
                 setattr(self, item.name, value)
-            need(type(value) is item.type, f"{flag(item)} {value!r}: must be {item.type.__name__}")
+            need(type(value) is item.type, f"{name} {value!r}: must be {item.type.__name__}")
             if item.type is str and allowed:
-                need(value in allowed, f"{flag(item)} {value}: must be one of {allowed}")
+                need(value in allowed, f"{name} {value}: must be one of {allowed}")
             elif allowed:
-                fine = allowed[0] <= value <= allowed[1]
-                need(fine, f"{flag(item)} {value}: must be from {allowed[0]:,} to {allowed[1]:,}")
-        crops, channels = (self.crop_min, self.crop_max), self.latent_channels
+                low, high = allowed
+                need(low <= value <= high, f"{name} {value}: must be from {low:,} to {high:,}")
+        crops, channels, wide = (self.crop_min, self.crop_max), self.latent_channels, 8 * self.width
         need(crops[0] <= crops[1], f"--crop-min, --crop-max {crops}: the first is larger")
         need(self.size % 8 == 0 and self.size != 8, f"--size {self.size}: must be 16, 24, 32, ...")
-        fine = 8 * self.width % channels == 0
-        need(fine, f"--latent-channels {channels}: must divide {8 * self.width}, 8 times --width")
+        need(wide % channels == 0, f"--latent-channels {channels}: must divide {wide}, 8 * --width")
 
 
+DATASETS = ("shapes", "cifar10", "celeba")  # by name; others are a folder or an .npz
 CROPS = dict(transform="crop", turn=True, batch_size=128, steps=5760)
 PRESETS = {  # what replaces defaults, by dataset and flag; folders, .npz: as cifar10
     "shapes": {},
@@ -700,14 +700,14 @@ PRESETS = {  # what replaces defaults, by dataset and flag; folders, .npz: as ci
 def choose_settings(given):
     """Return the Settings: the defaults, then what the presets change, then the given ones."""
     dataset = given.get("dataset", "shapes")
-    presets = [dataset if dataset in PRESETS else "cifar10"]
+    presets = [dataset if dataset in DATASETS else "cifar10"]
     if given.get("masked"):
         presets += ["--masked", f"{dataset} --masked"]
     values = {item.name: item.default for item in fields(Settings)}
     for preset in presets:
         values |= PRESETS.get(preset, {})
     values |= given
-    if dataset not in PRESETS:
+    if dataset not in DATASETS:
         values["dataset"] = os.path.abspath(dataset)  # found from any other folder
     if values["latent_dim"] and "latent_channels" not in given:
         values["latent_channels"] = values["width"]  # as the author does
@@ -1192,8 +1192,7 @@ def open_run(folder, settings, data, device):
     here = asdict(settings)
     differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
     need(not differ, f"{folder}: is another run ({'; '.join(differ)}); pass another --out")
-    same = data == stored["data"]
-    need(same, f"{folder}: its images have changed since; pass another --out")
+    need(data == stored["data"], f"{folder}: its images have changed since; pass another --out")
     done = stored["history"][-1]["step"]
     then = "measured again" if done == old.steps else "goes on from there"
     print(f"{folder}: {done:,} of {old.steps:,} steps are done; {then}")
@@ -1221,9 +1220,9 @@ def train_run(flags, given):
     folder = Path(flags.out) if flags.out else run_folder(settings)
     if not flags.out:
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
-    inside = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
-    inside = inside and settings.dataset not in PRESETS
-    need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
+    if settings.dataset not in DATASETS:
+        inside = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
+        need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
     open_run(folder, settings, fingerprint(images), device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images
@@ -1248,12 +1247,12 @@ def compare_runs(flags, given):
         label = f"{path} (unfinished)" if unfinished else path
         runs[label] = model, settings, stored
         kinds.add((given.get("dataset", settings.dataset), settings.size, stored["channels"]))
-    found = f"--eval: data, side or channels differ: {sorted(kinds)}"
-    need(len(kinds) == 1, f"{found}; leave out runs or, if only data differ, pass --dataset")
+    told = f"--eval: data, side or channels differ: {sorted(kinds)}"
+    need(len(kinds) == 1, f"{told}; leave out runs or, if only data differ, pass --dataset")
     dataset, size, channels = kinds.pop()
     images, test_images = load_images(dataset, size, flags.data)
-    fine = images.shape[1] == channels
-    need(fine, f"--dataset {dataset}: has {images.shape[1]} channels, not {channels}")
+    found = images.shape[1]
+    need(found == channels, f"--dataset {dataset}: has {found} channels, not {channels}")
     here = fingerprint(images)
     for label, (_, _, stored) in runs.items():
         if stored["data"] != here and "dataset" not in given:
