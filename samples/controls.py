@@ -29,8 +29,8 @@ def load_labels(dataset, root):
     if dataset.endswith(".npz"):
         with np.load(dataset) as file:
             if "y_train" in file and "y_test" in file:
-                splits = file["y_train"], file["y_test"]
-                return [torch.from_numpy(y.reshape(-1).astype(np.int64)) for y in splits]
+                splits = file["y_train"].reshape(-1), file["y_test"].reshape(-1)
+                return [torch.from_numpy(y.astype(np.int64)) for y in splits]
     return None
 
 
@@ -205,6 +205,8 @@ def measure_all(flags):
     if labels is None:
         print(f"{dataset}: no labels, so no recognition, probes and nearest neighbours")
     else:
+        fine = [len(part) for part in labels] == [len(train), len(test)]
+        stae.need(fine, f"{dataset}: y_train, y_test are not as many as x_train, x_test")
         some = train[picked], test, (labels[0][picked], labels[1])
         torch.manual_seed(0)
         untrained = stae.new_model(loaded[-1][1], channels).to(device).eval()
