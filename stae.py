@@ -189,17 +189,18 @@ def draw_transform(name, shape, generator, crop_range=(0.5, 1.0), mask_ratio=0.7
     none: nothing is done. Raises ValueError for another name or an impossible share."""
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}, expected one of {', '.join(TRANSFORMS)}")
-    if not (0 < crop_range[0] <= crop_range[1] <= 1 and 0 < mask_ratio < 1):
-        raise ValueError(
-            f"crop_range {crop_range}, mask_ratio {mask_ratio}: shares lie between 0 and 1"
-        )
+    if not 0 < crop_range[0] <= crop_range[1] <= 1:
+        raise ValueError(f"crop_range {crop_range}: must rise, from above 0 to at most 1")
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio {mask_ratio}: must lie between 0 and 1")
     if name == "none":
         return lambda images: images
     if name == "crop":
         boxes = draw_boxes(shape, generator, *crop_range)
         if not turn:
             return lambda images: crop(images, boxes)
-        # What the judge overlooks in one orientation it sees in another; so E-LPIPS, 1906.03973
+        # An error that the judge overlooks in one orientation shows in another. E-LPIPS does this
+        # with a fixed network, arXiv 1906.03973
         kinds = 8 if shape[2] == shape[3] else 4
         symmetries = torch.randint(kinds, shape[:1], device=generator.device, generator=generator)
         return lambda images: apply_symmetries(crop(images, boxes), symmetries)
@@ -252,12 +253,14 @@ def crop(images, boxes):
 
 
 def apply_symmetries(images, symmetries):
-    """Mirror and turn images (B, C, H, W) by symmetries (B,), 0 to 7, or 0 to 3 if H is not W."""
-    bits = [((symmetries >> bit) & 1).bool()[:, None, None, None] for bit in range(3)]
-    images = torch.where(bits[0], images.flip(3), images)
-    images = torch.where(bits[1], images.flip(2), images)
-    square = images.shape[2] == images.shape[3]
-    return torch.where(bits[2], images.mT, images) if square else images
+    """Mirror and turn images (B, C, H, W) by symmetries (B,), 0 to 7, or 0 to 3 if H is not W: the
+    bits are left to right, top to bottom, rows to columns."""
+    symmetries = symmetries[:, None, None, None]
+    images = torch.where((symmetries & 1) > 0, images.flip(3), images)
+    images = torch.where((symmetries & 2) > 0, images.flip(2), images)
+    if images.shape[2] == images.shape[3]:
+        images = torch.where((symmetries & 4) > 0, images.mT, images)
+    return images
 
 
 def draw_holes(shape, generator, ratio=0.35):
@@ -287,6 +290,7 @@ def cut_holes(images, holes):
 
 
 # 4. Objective: the losses -------------------------------------------------------------------------
+
 # They work with any model that has
 #     model.encode(images) -> code (B, D) or (B, C, h, w), of about N(0, 1) in each channel
 #     model.decode(code) -> images in [0, 1], of the input's shape
