@@ -105,9 +105,10 @@ def test_sigreg_and_its_gradient_agree_with_numpy(shape, bf16):
     value.backward()
     exact, slices = codes.detach().double().numpy(), slices.double().numpy()
     assert value.item() == approx(numpy_sigreg(exact, slices), rel=1e-4)
-    way = 1e-5 * normal(*shape, seed=2).double().numpy()
-    rise = numpy_sigreg(exact + way, slices) - numpy_sigreg(exact - way, slices)
-    assert 2 * (codes.grad.numpy() * way).sum() == approx(rise, rel=1e-3, abs=1e-9)
+    step = 1e-5 * normal(*shape, seed=2).double().numpy()
+    rise = numpy_sigreg(exact + step, slices) - numpy_sigreg(exact - step, slices)
+    expected = 2 * (codes.grad.numpy() * step).sum()
+    assert expected == approx(rise, rel=1e-3, abs=1e-9)
 
 
 def test_sigreg_is_about_1_for_gaussian_codes_and_large_for_collapsed_ones():
@@ -119,11 +120,13 @@ def test_sigreg_is_about_1_for_gaussian_codes_and_large_for_collapsed_ones():
 
 
 def test_boxes_are_log_uniform_and_lie_inside():
-    top, _, height, width = stae.draw_boxes((20_000, 3, 512, 900), generator(), 0.1, 0.9).T
+    boxes = stae.draw_boxes((20_000, 3, 512, 900), generator(), 0.1, 0.9)
+    top, _, height, width = boxes.unbind(dim=1)
     assert top.min() == 0 and (top + height).max() == 512
     assert (width / height).mean() == approx(900 / 512, abs=0.01)
     position = (width / 900 / 0.1).log() / math.log(9)  # uniform in [0, 1]
-    assert [position.mean(), position.std()] == approx([0.5, 12**-0.5], abs=0.01)
+    assert position.mean() == approx(0.5, abs=0.01)
+    assert position.std() == approx(12**-0.5, abs=0.01)
     assert (top / (512 - height)).mean() == approx(0.5, abs=0.01)
 
 
@@ -140,26 +143,30 @@ def test_a_crop_equals_slicing_and_interpolating():
 
 @each("height, width, kinds", [(16, 16, 8), (16, 24, 4)])
 def test_turned_crops_are_each_symmetry_of_the_plain_ones(height, width, kinds):
-    x, found = uniform(100, 3, height, width), set()
-    plain = stae.crop(x, stae.draw_boxes(x.shape, generator(), 0.2, 0.9))
-    T = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9))
-    assert_close(T(x), plain)
-    T = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9), turn=True)
-    for image, turned in zip(plain, T(x)):
+    x = uniform(100, 3, height, width)
+    plain = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9))(x)
+    assert_close(plain, stae.crop(x, stae.draw_boxes(x.shape, generator(), 0.2, 0.9)))
+    turned = stae.draw_transform("crop", x.shape, generator(), (0.2, 0.9), turn=True)(x)
+    found = set()
+    for image, result in zip(plain, turned):
         symmetries = [image.rot90(turns, (1, 2)) for turns in range(0, 4, 8 // kinds)]
         symmetries += [symmetry.flip(2) for symmetry in symmetries]
-        found.add([torch.equal(turned, symmetry) for symmetry in symmetries].index(True))
+        equal = [torch.equal(result, symmetry) for symmetry in symmetries]
+        found.add(equal.index(True))
     assert len(found) == kinds
 
 
 @each("name, cell", [("pixel", 1), ("patch", 4)])
 def test_masks_black_out_an_exact_count_of_cells_in_all_channels(name, cell):
     T = stae.draw_transform(name, (50, 3, 16, 24), generator(), mask_ratio=0.7)
-    mask = F.avg_pool2d(T(torch.ones(50, 3, 16, 24)), cell)
-    assert mask.unique().tolist() == [0, 1] and torch.equal(mask[:, 0], mask[:, 2])
-    black = (mask[:, 0] == 0).sum(dim=(1, 2))
-    assert black.unique().tolist() == [round(0.7 * 384 / cell**2)]
-    assert (mask.mean(dim=0) > 0).all() and (mask.mean(dim=0) < 1).all()
+    kept = F.avg_pool2d(T(torch.ones(50, 3, 16, 24)), cell)
+    assert kept.unique().tolist() == [0, 1]
+    assert torch.equal(kept[:, 0], kept[:, 1]) and torch.equal(kept[:, 0], kept[:, 2])
+    black = (kept[:, 0] == 0).sum(dim=(1, 2))
+    cells = 16 * 24 // cell**2
+    assert black.unique().tolist() == [round(0.7 * cells)]
+    share = kept.mean(dim=0)  # no place is always kept, or never
+    assert share.min() > 0 and share.max() < 1
 
 
 def test_channels_are_black_by_chance():
@@ -182,15 +189,16 @@ def test_a_transform_does_the_same_to_both_images_and_for_a_seed(name):
 @each("height", [24, 16])
 @each("ratio", [1e-6, 0.35, 0.999])
 def test_holes_have_their_area_and_the_mean_colour_of_the_whole_image(ratio, height):
-    images, share = uniform(300, 3, height, 24), min(ratio**0.5, 1 - 1 / height)
+    images = uniform(300, 3, height, 24)
     holes = stae.draw_holes(images.shape, generator(), ratio)
-    extent = [max(1, round(share * side)) for side in (height, 24)]
-    assert holes[:, 2:].unique(dim=0).tolist() == [extent]
+    share = min(ratio**0.5, 1 - 1 / height)
+    rows, columns = max(1, round(share * height)), max(1, round(share * 24))
+    assert holes[:, 2:].unique(dim=0).tolist() == [[rows, columns]]
     expected, mask = images.clone(), torch.zeros(300, 1, height, 24)
-    for index, (top, left, rows, columns) in enumerate(holes):
-        place = index, slice(None), slice(top, top + rows), slice(left, left + columns)
-        mask[place] = 1
-        expected[place] = images[index].mean(dim=(1, 2)).view(3, 1, 1)
+    for index, (top, left, _, _) in enumerate(holes):
+        mask[index, :, top : top + rows, left : left + columns] = 1
+        mean = images[index].mean(dim=(1, 2)).view(3, 1, 1)
+        expected[index, :, top : top + rows, left : left + columns] = mean
     assert torch.equal(stae.hole_mask(holes, images), mask)
     assert_close(stae.cut_holes(images, holes), expected)
 
@@ -225,15 +233,17 @@ class Foreign(nn.Module):
 def test_the_distance_and_its_gradient_by_hand(places):
     target, seen, inner, seen_inner = (0.01 * normal(4, 6, 3, *places)).unbind()
     target.requires_grad_()  # as under a live judge
-    a, b = target.transpose(0, 1).flatten(1), seen.transpose(0, 1).flatten(1)
-    expected = ((b - a) ** 2 / (a.var(dim=1, correction=0, keepdim=True) + 1e-6)).mean()
+    a, b = target.transpose(0, 1).flatten(1), seen.transpose(0, 1).flatten(1)  # (channels, rest)
+    variance = a.var(dim=1, correction=0, keepdim=True)
+    expected = ((b - a) ** 2 / (variance + 1e-6)).mean()
     found = stae.distance(target, seen)
     assert_close(found, expected)
     assert_close(torch.autograd.grad(found, target), torch.autograd.grad(expected, target))
-    layer = (seen_inner - inner).square().mean() / (inner.var(correction=0) + 1e-4)
+    error, variance = (seen_inner - inner).square().mean(), inner.var(correction=0)
+    expected = found + 0.5 * error / (variance + 1e-4)
     lists = [target, inner, 2 * inner], [seen, seen_inner, 2 * inner]
     assert stae.distance(*lists) == found
-    assert_close(stae.distance(*lists, layer_weight=0.5), found + 0.5 * layer)
+    assert_close(stae.distance(*lists, layer_weight=0.5), expected)
 
 
 def loss_by_hand(model, masked, x, transform, slices, judge, weight):
@@ -279,14 +289,23 @@ def test_losses_and_gradients_agree_with_plain_autograd(name, live, masked):
     assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
-def test_pixels_are_compared_by_the_baseline_alone():
-    model, x, x_hat = tiny_model(), uniform(*SHAPE), uniform(*SHAPE, seed=1).requires_grad_()
-    expected = (model.decode(model.encode(with_holes(x))) - x).square().mean()
-    assert_close(stae.mse_loss(model, x, with_holes(x))[0], expected)
-    # What the judge does not see, here the right half, has no part in the loss
-    left, T = lambda y: model.encoder(y[..., :8]), lambda y: y
-    stae.judged_distance(left, T, x, x_hat, 1.0).backward()
-    assert x_hat.grad[..., 8:].abs().max() == 0 and x_hat.grad[..., :8].abs().min() > 0
+def test_the_baseline_compares_pixels():
+    model, x = tiny_model(), uniform(*SHAPE)
+    x_hat = model.decode(model.encode(with_holes(x)))
+    loss, _ = stae.mse_loss(model, x, with_holes(x))
+    assert_close(loss, (x_hat - x).square().mean())
+
+
+def test_what_the_judge_does_not_see_has_no_part_in_the_loss():
+    encoder, x = tiny_model().encoder, uniform(*SHAPE)
+    x_hat = uniform(*SHAPE, seed=1).requires_grad_()
+
+    def judge_of_the_left_half(images):
+        return encoder(images[..., :8])
+
+    stae.judged_distance(judge_of_the_left_half, lambda y: y, x, x_hat, 1.0).backward()
+    assert x_hat.grad[..., 8:].abs().max() == 0
+    assert x_hat.grad[..., :8].abs().min() > 0
 
 
 def test_a_judge_leaves_the_encoder_as_it_was():
@@ -318,8 +337,9 @@ def test_any_model_learns():
 def test_a_model_of_another_precision_takes_a_step(kind, name):
     model, x = tiny_model().to(kind), uniform(*SHAPE).to(kind)
     transform = stae.draw_transform(name, x.shape, generator(), turn=True)
-    rest = transform, stae.draw_slices(4, 8, generator()), stae.freeze(model.encoder)
-    stae.masked_loss(model, x, with_holes(x), *rest)[0].backward()
+    slices, judge = stae.draw_slices(4, 8, generator()), stae.freeze(model.encoder)
+    loss, _ = stae.masked_loss(model, x, with_holes(x), transform, slices, judge)
+    loss.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
@@ -386,9 +406,12 @@ def test_nothing_on_a_cuda_device_meets_the_cpu(monkeypatch):
 
 
 def write_npz(path, **changes):
+    """Write 24 images to train on and 10 to test on, or others -> those written by default."""
     coarse = np.random.default_rng(0).integers(0, 256, (34, 2, 2, 3), dtype=np.uint8)
-    x, y = coarse.repeat(8, axis=1).repeat(8, axis=2), np.arange(34) % 3
-    arrays = {"x_train": x[:24], "y_train": y[:24], "x_test": x[24:], "y_test": y[24:]} | changes
+    x = coarse.repeat(8, axis=1).repeat(8, axis=2)
+    y = np.arange(34) % 3
+    arrays = {"x_train": x[:24], "y_train": y[:24], "x_test": x[24:], "y_test": y[24:]}
+    arrays.update(changes)
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return torch.from_numpy(x).permute(0, 3, 1, 2)
 
@@ -488,12 +511,13 @@ def test_images_of_all_kinds_are_decoded(here):
 
 
 def test_a_large_jpeg_is_decoded_as_well_at_a_part_of_its_size(here):
-    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
-    large = coarse.resize((512, 384), Image.Resampling.BICUBIC)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    large = Image.fromarray(pixels).resize((512, 384), Image.Resampling.BICUBIC)
     large.save("large.jpg", quality=95)
-    found = stae.read_images(["large.jpg"], 32)[0][0].permute(1, 2, 0)
-    expected = np.asarray(large.resize((32, 32), Image.Resampling.BILINEAR, (64, 0, 448, 384)))
-    assert np.abs(found.numpy() - expected.astype(int)).mean() < 0.8
+    images, _ = stae.read_images(["large.jpg"], 32)
+    found = images[0].permute(1, 2, 0).int().numpy()
+    centre = large.resize((32, 32), Image.Resampling.BILINEAR, (64, 0, 448, 384))
+    assert np.abs(found - np.asarray(centre)).mean() < 0.8
 
 
 def test_what_is_no_picture_in_a_folder_is_left_out_and_told(here, capsys):
@@ -806,13 +830,21 @@ def decibels(error):
 def test_ssim_agrees_with_numpy():
     x, y = uniform(2, 2, 3, 13, 12)
     y = 0.7 * x + 0.3 * y
-    a, b = (side.double().unfold(2, 11, 1).unfold(3, 11, 1).numpy() for side in (x, y))
     window = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
     window = np.outer(window, window) / window.sum() ** 2
-    ma, mb, aa, bb, ab = ((w * window).sum(axis=(4, 5)) for w in (a, b, a * a, b * b, a * b))
-    score = (2 * ma * mb + 1e-4) * (2 * (ab - ma * mb) + 9e-4)
-    score /= (ma**2 + mb**2 + 1e-4) * (aa - ma**2 + bb - mb**2 + 9e-4)
-    assert stae.ssim(x, y).tolist() == approx(score.mean(axis=(1, 2, 3)), abs=1e-5)
+
+    def average(images):  # over the window, wherever it lies inside the image
+        windows = np.lib.stride_tricks.sliding_window_view(images, (11, 11), axis=(2, 3))
+        return (windows * window).sum(axis=(4, 5))
+
+    a, b = x.double().numpy(), y.double().numpy()
+    mean_a, mean_b = average(a), average(b)
+    variance_a, variance_b = average(a * a) - mean_a**2, average(b * b) - mean_b**2
+    covariance = average(a * b) - mean_a * mean_b
+    lightness = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    structure = (2 * covariance + 9e-4) / (variance_a + variance_b + 9e-4)
+    expected = (lightness * structure).mean(axis=(1, 2, 3))
+    assert stae.ssim(x, y).tolist() == approx(expected, abs=1e-5)
 
 
 def test_images_and_holes_are_measured_by_the_mean_error_of_all():
@@ -845,20 +877,24 @@ def test_pca_is_the_best_linear_code():
     images = bytes_of(200, 1, 16, 16)
     x, pca = images.float() / 255, stae.PCA(images, 10, "cpu")
     code = pca.encode(x)
-    assert code.std(dim=0, correction=0).flatten().tolist() == approx([1] * 10, rel=0.02)
-    spread = torch.linalg.svdvals(x.flatten(1) - x.flatten(1).mean(dim=0))
-    left = spread[10:].square().sum().item() / x.numel()
-    assert (pca.decode(code) - x).square().mean().item() == approx(left, rel=0.02)
+    deviation = code.std(dim=0, correction=0)
+    assert deviation.flatten().tolist() == approx([1] * 10, rel=0.02)
+    centred = x.flatten(1) - x.flatten(1).mean(dim=0)
+    left = torch.linalg.svdvals(centred)[10:].square().sum()
+    error = (pca.decode(code) - x).square().sum()
+    assert error.item() == approx(left.item(), rel=0.02)
 
 
 def test_play_changes_codes():
     x = uniform(5, 3, 8, 8)
     rows = stae.play(SimpleNamespace(encode=lambda x: x, decode=lambda z: z), x)
-    assert rows["walk"][:, 0, 5, 5].tolist() == [-3, -1.5, 0, 1.5, 3]
-    assert torch.equal(rows["walk"][3, 1:], x[0, 1:])
-    assert_close(rows["interpolation"][1], 0.75 * x[0] + 0.25 * x[4])
-    middle = F.pad(torch.ones(4, 4), (2, 2, 2, 2)).bool()
-    assert torch.equal(rows["brush"], torch.where(middle, x.roll(-1, 0), x))
+    walk, interpolation, brush = rows["walk"], rows["interpolation"], rows["brush"]
+    assert walk[:, 0, 5, 5].tolist() == [-3, -1.5, 0, 1.5, 3]
+    assert torch.equal(walk[3, 1:], x[0, 1:])
+    assert_close(interpolation[1], 0.75 * x[0] + 0.25 * x[4])
+    expected = x.clone()
+    expected[:, :, 2:6, 2:6] = x.roll(-1, dims=0)[:, :, 2:6, 2:6]
+    assert torch.equal(brush, expected)
 
 
 @pytest.fixture(scope="module")
