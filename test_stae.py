@@ -354,6 +354,7 @@ WRONG_USE = {
     "'wavelet'.*pixel": lambda: stae.draw_transform("wavelet", SHAPE, None),
     r"crop_range \(0.5, 0.2\)": lambda: stae.draw_transform("crop", SHAPE, None, (0.5, 0.2)),
     "mask_ratio 0": lambda: stae.draw_transform("pixel", SHAPE, None, mask_ratio=0),
+    "mask_ratio 1": lambda: stae.draw_transform("pixel", SHAPE, None, mask_ratio=1),
     "ratio 1:": lambda: stae.draw_holes(SHAPE, None, 1),
     "--steps 3.7: must be int": lambda: stae.Settings(steps=3.7),
     "--masked 'no': must be bool": lambda: stae.Settings(masked="no"),
@@ -554,7 +555,8 @@ def test_a_folder_with_splits(here, capsys, first, second):
         paint(here / "photos" / first / f"{index}.png", index)
         paint(here / "photos" / second / "deep" / f"{index}.png", 10 + index)
     paint(here / "photos" / "other" / "0.png", 20)
-    train, test = stae.load_data("photos", size=16)
+    train, test = stae.load_data("photos")
+    assert train.shape == test.shape == (3, 3, 64, 64)
     assert greys(train) == [0, 1, 2] and greys(test) == [10, 11, 12]
     assert re.search(r"left out 1: .* first is other/0.png", capsys.readouterr().out)
     for path in Path("photos", second).rglob("*.png"):
@@ -581,10 +583,12 @@ def test_celeba_is_split_by_number_and_cut_to_its_centre(here, inside):
     for index, number in enumerate((1, 162_770, 162_771, 182_637, 182_638, 202_599)):
         face = Image.new("RGB", (178, 218), "white")
         face.paste((10 * index,) * 3, (25, 45, 153, 173))
+        face.putpixel((25, 45), (7, 7, 7))  # the corner of what is to be cut out
         face.save(folder / f"{number:06}.jpg", format="PNG")  # exact pixels
     train, test = stae.load_data("celeba", str(here))
-    assert train.shape == (2, 3, 128, 128) and train.unique().tolist() == [0, 10]
-    assert test.unique().tolist() == [40, 50]
+    assert train.shape == test.shape == (2, 3, 128, 128)
+    assert train.unique().tolist() == [0, 7, 10] and test.unique().tolist() == [7, 40, 50]
+    assert greys(train) == greys(test) == [7, 7]
 
 
 def test_cifar10_is_read_in_torchvisions_layout(monkeypatch):
