@@ -360,9 +360,10 @@ def judged_distance(judge, transform, images, x_hat, layer_weight):
 def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
     """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name.
 
-    slices: (D, M), D the channels of z. judge: freeze(model.encoder), or model.encoder itself, a
-    live one, for comparison: the distance then trains its weights too. sigreg_weight: lambda, 0.03
-    for a batch of 128; halve it when B doubles."""
+    transform: T, any function that does the same to both images. slices: (D, M), D the channels of
+    z. judge: freeze(model.encoder), or model.encoder itself, a live one, for comparison: the
+    distance then trains its weights too. sigreg_weight: lambda, 0.03 for a batch of 128; halve it
+    when B doubles. layer_weight: see distance."""
     z = model.encode(images)
     judged = judged_distance(judge, transform, images, model.decode(z), layer_weight)
     regulariser = sigreg(z, slices)
