@@ -145,7 +145,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` uniform directions, unit columns (dimensions, count); two per dimension do."""
+    """Draw `count` uniform directions, unit columns (dimensions, count); 2 a dimension suffice."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
@@ -786,8 +786,8 @@ def new_model(settings, channels):
 
 
 def train(settings, images, device, folder):
-    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the
-    model, in eval mode. Raises BadInput, and FloatingPointError if the loss is no number.
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the model,
+    in eval mode. Raises BadInput, and FloatingPointError for a loss or gradient that is not finite.
 
     The images of a step and all that is drawn in it are functions of the seed and the step, so on
     one kind of device a run that goes on from its last checkpoint ends as if it had never stopped,
