@@ -17,8 +17,9 @@ pixel of x_hat is ever compared with one of x. SIGReg pulls the codes towards N(
 do not collapse. Without T the pair may end in a private language: images that mean the same to the
 encoder and look wrong to us. One training step, with a generator on the device of the images:
 
-    transform = draw_transform("crop", images.shape, generator)
+    transform = draw_transform("crop", images.shape, generator, turn=True)
     slices = draw_slices(8, 16, generator)  # two for each of the 8 channels of a code
+    model.norm.momentum = max(0.1, 1 / (step + 1))  # running averages that are good from the start
     loss, terms = stae_loss(model, images, transform, slices, freeze(model.encoder))
     optimizer.zero_grad()
     loss.backward()
@@ -28,10 +29,11 @@ From Matteo Peluso ("the author" below): the objective, the network, the transfo
     mode, the frozen judge. "Self-Teaching Autoencoder", 2026,
     https://github.com/the-puzzler/leautoencoder
 From LeJEPA: SIGReg. Balestriero and LeCun, arXiv 2511.08544, 2025.
-Ours, in brackets what the author has: crops of half to all of the side (of one pixel, or 0.15 of
-    the side), mirrored and turned (not); d in units of x's features (each side in its own); a
-    BatchNorm of the code (affine; it sees T(x) too); inner activations (none); training and
-    evaluation. README.md has a table of this, with flags.
+Ours, with what the author has in brackets; README.md names the flags that give the author's:
+    crops: half to all of the side, mirrored and turned (one pixel, or 0.15 of the side; not turned)
+    d: both sides in units of the features of x (each side in its own)
+    BatchNorm of the code: not affine, and of x alone (affine; T(x) and T(x_hat) pass it too)
+    inner activations, training, evaluation
 """
 
 import argparse
@@ -65,9 +67,12 @@ class Down(nn.Module):
 
     def __init__(self, inputs, outputs):
         super().__init__()
+        if 4 * inputs % outputs:
+            raise ValueError(f"{outputs} channels: must divide {4 * inputs}, 4 times those before")
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        # The mean of each group of the 4i numbers of a 2x2 square; pixel_unshuffle would be slower
+        # The skip: pixel_unshuffle(x, 2) has 4i channels, and each group of them is averaged. As a
+        # convolution with constant weights it is faster
         group = 4 * inputs // outputs
         average = torch.eye(outputs).repeat_interleave(group, dim=1) / group  # (o, 4i)
         self.register_buffer("average", average.view(outputs, inputs, 2, 2), persistent=False)
@@ -93,8 +98,8 @@ class Up(nn.Module):
 
 class Encoder(nn.Module):
     """Map images (B, channels, H, W) in [0, 1] to a list: features (B, C, H/8, W/8) or
-    (B, n, 1, 1), then inner activations (B, 2w, H/4, W/4); not those of the stem, which are nearly
-    a linear function of the pixels. The BatchNorm of the code is not here: it must not see T(x)."""
+    (B, n, 1, 1), then inner activations (B, 2w, H/4, W/4). Those of the stem are left out: they are
+    nearly linear in the pixels. The BatchNorm of the code is not here: it must not see T(x)."""
 
     def __init__(self, channels, width, latent_channels, latent_dim=0, size=32):
         super().__init__()
@@ -132,6 +137,10 @@ class Autoencoder(nn.Module):
             layers = [nn.Flatten(), linear, spatial, nn.SiLU(), *layers]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
 
+    def forward(self, images):
+        """Return the reconstructions of images."""
+        return self.decode(self.encode(images))
+
     def encode(self, images):
         """Return the code; in training, mean 0, deviation 1 per channel; float32 under autocast."""
         return self.norm(self.encoder(images)[0].to(self.norm.running_mean.dtype))
@@ -145,7 +154,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` uniform directions, unit columns (dimensions, count); 2 a dimension suffice."""
+    """Draw `count` uniform directions, unit columns (dimensions, count); 2 per dimension do."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
@@ -161,7 +170,7 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     wants half of the weight in a loss. Raises ValueError for other shapes."""
     if codes.dim() not in (2, 4) or codes.shape[1] != len(slices):
         shape, D = tuple(codes.shape), len(slices)
-        raise ValueError(f"codes {shape}: need (N, D) or (N, D, h, w), D {D}; flatten tokens")
+        raise ValueError(f"codes {shape}: need (N, {D}) or (N, {D}, h, w); flatten tokens")
     with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small gaps
         codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, places, D)
         projected = (codes @ slices.float()).flatten(1)  # (N, places * M)
@@ -300,9 +309,10 @@ def cut_holes(images, holes):
 def freeze(encoder):
     """Return the encoder as a judge: a fixed function; gradient passes through it to its input.
 
-    It runs in eval mode, so that a BatchNorm or a dropout of a foreign encoder does the same to
+    It runs in eval mode, so that a BatchNorm or a dropout in an encoder of yours does the same to
     both images. Call freeze anew in each step: it shares the weights of the encoder, which move on,
-    and copies its buffers. Activation checkpointing in the encoder: use_reentrant=False."""
+    and copies its buffers. Activation checkpointing works with use_reentrant=False alone, and in an
+    encoder without BatchNorm or dropout."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
     # Copies, since a later call in train mode moves averages that the backward pass still needs
     constants |= {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -330,11 +340,13 @@ def distance(target, seen, layer_weight=0.0):
     or are none of these."""
     if torch.is_tensor(target):
         target, seen = [target], [seen]
-    shape, seen_shape = tuple(target[0].shape), tuple(seen[0].shape)
-    if shape != seen_shape:
-        raise ValueError(f"features {shape} of x, but {seen_shape} of x_hat")
+    shapes, seen_shapes = [tuple(a.shape) for a in target], [tuple(a.shape) for a in seen]
+    if shapes != seen_shapes:
+        raise ValueError(f"features {shapes} of x, but {seen_shapes} of x_hat")
+    shape = shapes[0]
     if len(shape) not in (2, 4) or target[0].numel() == shape[1]:
-        raise ValueError(f"features {shape}: need (B, D), B > 1, or (B, C, h, w); pool tokens")
+        needed = "(B, D) or (B, C, h, w), with several values a channel"
+        raise ValueError(f"features {shape}: need {needed}; pool tokens")
     if layer_weight and len(target) < 2:
         raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
     features, seen_features = target[0].float(), seen[0].float()
@@ -344,28 +356,30 @@ def distance(target, seen, layer_weight=0.0):
     variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
     total = ((seen_features - features).square() / (variance + 1e-6)).mean()
     if layer_weight:
-        for inner, seen_inner in zip(target[1:], seen[1:], strict=True):
+        for inner, seen_inner in zip(target[1:], seen[1:]):
             error = (seen_inner.float() - inner.float()).square().mean()
             total = total + layer_weight * error / (inner.float().var(correction=0) + 1e-4)
     return total
 
 
-def judged_distance(judge, transform, images, x_hat, layer_weight):
-    """Return d(J(T(images)), J(T(x_hat)))."""
+def check_decoded(x_hat, images):
+    """Raise ValueError unless x_hat has the shape of images: others would be broadcast."""
     if x_hat.shape != images.shape:
         raise ValueError(f"the model decodes {tuple(x_hat.shape)} from {tuple(images.shape)}")
-    return distance(judge(transform(images)), judge(transform(x_hat)), layer_weight)
 
 
 def stae_loss(model, images, transform, slices, judge, sigreg_weight=0.03, layer_weight=0.0):
-    """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name.
+    """Return the loss of images (B, C, H, W) in [0, 1], and its terms by name; detach those that
+    you keep. Raises ValueError for shapes that do not fit.
 
     transform: T, any function that does the same to both images. slices: (D, M), D the channels of
     z. judge: freeze(model.encoder), or model.encoder itself, a live one, for comparison: the
     distance then trains its weights too. sigreg_weight: lambda, 0.03 for a batch of 128; halve it
     when B doubles. layer_weight: see distance."""
     z = model.encode(images)
-    judged = judged_distance(judge, transform, images, model.decode(z), layer_weight)
+    x_hat = model.decode(z)
+    check_decoded(x_hat, images)
+    judged = distance(judge(transform(images)), judge(transform(x_hat)), layer_weight)
     regulariser = sigreg(z, slices)
     loss = judged + sigreg_weight * regulariser
     return loss, {"distance": judged, "sigreg": regulariser}
@@ -380,9 +394,12 @@ def masked_loss(
     under the judge, and each other. At a layer_weight of 0 faces are worse. See stae_loss."""
     z, z_holed = model.encode(torch.cat((images, holed))).chunk(2)  # one call: both share a norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
-    agreement = distance(judge(x_hat), judge(x_holed))  # no T, features alone; both sides learn
-    clean = judged_distance(judge, transform, images, x_hat, layer_weight)
-    masked = judged_distance(judge, transform, images, x_holed, layer_weight)
+    check_decoded(x_hat, images)
+    target = judge(transform(images))
+    clean = distance(target, judge(transform(x_hat)), layer_weight)
+    masked = distance(target, judge(transform(x_holed)), layer_weight)
+    # Without T, of features alone, in units of those of x_hat; gradient flows into both
+    agreement = distance(judge(x_hat), judge(x_holed))
     regulariser = (sigreg(z, slices) + sigreg(z_holed, slices)) / 2
     loss = (agreement + clean + masked) / 3 + sigreg_weight * regulariser
     return loss, {"agreement": agreement, "clean": clean, "masked": masked, "sigreg": regulariser}
@@ -392,6 +409,7 @@ def mse_loss(model, images, holed=None):
     """Return the baseline's loss, mean((D(E(x)) - x)^2), and its term. holed: what E sees
     instead, the same images with holes."""
     x_hat = model.decode(model.encode(images if holed is None else holed))
+    check_decoded(x_hat, images)
     loss = (x_hat - images).square().mean()
     return loss, {"mse": loss}
 
@@ -407,6 +425,11 @@ def need(ok, message):
     """Raise BadInput(message) unless `ok`."""
     if not ok:
         raise BadInput(message)
+
+
+def check_type(images):
+    """Raise BadInput unless images are uint8."""
+    need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
 
 
 @contextmanager
@@ -448,7 +471,7 @@ def load_data(dataset, root="data", size=0):
 
 def make_shapes(count, size=32):
     """Draw two discs, rings or rectangles per image, grey on black, after the author's toy set.
-    Edges are integers, the same on every machine."""
+    Blended in integers, so that they are the same on every machine."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high):
@@ -488,8 +511,9 @@ def read_npz(path):
     """Read x_train and x_test, uint8 (N, H, W) or (N, H, W, 1 or 3). Raises BadInput that tells
     what was found."""
     with reading(path), np.load(path) as file:
-        arrays = dict(file)
-    found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        arrays = {name: file[name] for name in ("x_train", "x_test") if name in file}
+        rest = [name for name in file if name not in arrays]
+    found = ", ".join([f"{name} {x.dtype} {x.shape}" for name, x in arrays.items()] + rest)
     print(f"{path}: {found}")
     splits = []
     for name in ("x_train", "x_test"):
@@ -499,6 +523,7 @@ def read_npz(path):
             x = x[..., None]
         fine = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
         need(fine, f"{path}: images must be uint8 (N, H, W) or (N, H, W, 1 or 3); found {found}")
+        need(x.max() != 1, f"{path}: {name} is of 0 and 1 alone; multiply it by 255")
         splits.append(torch.from_numpy(x).permute(0, 3, 1, 2))
     same = splits[0].shape[1:] == splits[1].shape[1:]
     need(same, f"{path}: x_train and x_test differ in size or channels; found {found}")
@@ -531,7 +556,7 @@ def find_files(folder, above=()):
         elif path.suffix.lower() in Image.registered_extensions():
             yield path, ""
         else:
-            yield path, f"no ending of a picture that Pillow can read here ({path.suffix or None})"
+            yield path, f"Pillow cannot read {path.suffix or 'files without an ending'} here"
 
 
 def name_hash(name):
@@ -553,7 +578,8 @@ def list_folder(folder):
             names.append(name)
     names.sort(key=name_hash)  # the first 16 of the test images are shown: not all of one folder
 
-    top = {name: name.split("/")[0].lower() for name in names}
+    shared = os.path.commonpath(names or [""])  # archives often unpack into one folder more
+    top = {name: name[len(shared) :].lstrip("/").split("/")[0].lower() for name in names}
     tests = [t for t in ("test", "val", "valid", "validation") if {"train", t} <= {*top.values()}]
     if tests:
         found = f"those in {tests[0]}/"
@@ -648,12 +674,12 @@ def setting(default, text, allowed=None):
 
 @dataclass
 class Settings:
-    """The settings that decide the weights of a run, and no others. The defaults are for shapes."""
+    """The settings of a run: all that decides its weights. The defaults are for shapes."""
 
     dataset: str = setting("shapes", "shapes, cifar10, celeba, a folder of images or an .npz")
     size: int = setting(0, "side of the images; 0: as they are, folders 64, celeba 128", (0, 4096))
-    objective: str = setting("stae", "mse: the plain autoencoder", ("stae", "mse"))
-    masked: bool = setting(False, "fill a hole in the images")
+    objective: str = setting("stae", "mse: the baseline, the same network", ("stae", "mse"))
+    masked: bool = setting(False, "fill a hole that is cut into each image")
     hole: float = setting(0.35, "share of the area that the hole takes", (0.001, 0.999))
     transform: str = setting("pixel", "T, of what the judge sees", TRANSFORMS)
     crop_min: float = setting(0.5, "least share of the side that a crop takes", (0.001, 1))
@@ -664,9 +690,11 @@ class Settings:
     layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
     sigreg_weight: float = setting(0.03, "lambda, the author's for batches of 128", (0, 1e6))
     width: int = setting(32, "channels after the stem", (1, 4096))
-    latent_channels: int = setting(8, "C of a code (C, side/8, side/8)", (1, 4096))
+    latent_channels: int = setting(
+        8, "C of a code (C, side/8, side/8); with --latent-dim: --width", (1, 4096)
+    )
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
-    slices: int = setting(16, "directions of SIGReg: 2 per channel of a code", (1, 10**7))
+    slices: int = setting(16, "directions of SIGReg, 2 per channel of a code", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
@@ -733,9 +761,11 @@ def run_folder(settings):
 
 
 def fingerprint(images):
-    """Return what tells data apart: their count and a hash of about a thousand of them."""
-    some = images[:: 1 + len(images) // 1000].contiguous().cpu()
-    return f"{len(images)} images {hashlib.sha256(some.numpy()).hexdigest()[:12]}"
+    """Return what tells data apart: the count of the images and a hash of all of them."""
+    digest = hashlib.sha256()
+    for part in images.split(1000):
+        digest.update(part.contiguous().cpu().numpy())
+    return f"{len(images)} images {digest.hexdigest()[:12]}"
 
 
 def learning_rate(step, steps, peak):
@@ -749,12 +779,13 @@ def learning_rate(step, steps, peak):
 
 
 def draw_batches(images, settings, first):
-    """Yield each step from `first` on, and its images: those at its place in the order of its
-    epoch, which is a function of the seed and the epoch."""
+    """Yield (step, images) from step `first` on. Each epoch has an order of its own, by the seed
+    and its number; what is left at its end and does not fill a batch is dropped."""
     size = min(settings.batch_size, len(images))
     for step in range(first, settings.steps):
         epoch, place = divmod(step, len(images) // size)
         if place == 0 or step == first:
+            # The last 0 tells the keys of epochs from those of steps
             generator = seeded("cpu", settings.seed, epoch, 0, 0)
             order = torch.randperm(len(images), generator=generator).to(images.device)
         yield step, images[order[place * size : (place + 1) * size]]
@@ -786,24 +817,26 @@ def new_model(settings, channels):
 
 
 def train(settings, images, device, folder):
-    """Train on images (N, C, S, S) uint8, or go on with the run in `folder`, a Path -> the model,
-    in eval mode. Raises BadInput, and FloatingPointError for a loss or gradient that is not finite.
+    """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> the model, in eval
+    mode. Raises BadInput, also for a run of other settings or images, and
+    FloatingPointError for a loss or gradient that is not finite.
 
     The images of a step and all that is drawn in it are functions of the seed and the step, so on
     one kind of device a run that goes on from its last checkpoint ends as if it had never stopped,
     on a CPU to the last bit."""
+    check_type(images)
     side = images.shape[2]
-    need(images.dtype == torch.uint8, f"images are {images.dtype}: must be uint8, from 0 to 255")
     need(settings.size == side, f"--size {settings.size}: the images have {side} pixels a side")
     need(settings.precision != "auto", "--precision auto: train() needs fp32 or bf16")
     torch.manual_seed(settings.seed)
     model = new_model(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0, fused=True)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    history = resume(folder, model, optimizer)
+    data, bf16 = fingerprint(images), settings.precision == "bf16"
+    history = resume(folder, settings, data, model, optimizer)
     first = history[-1]["step"] if history else 0
 
-    data, bf16 = fingerprint(images), settings.precision == "bf16"
     start = saved = time.perf_counter()
     totals, window = 0.0, first
     for step, batch in draw_batches(images, settings, first):
@@ -811,7 +844,7 @@ def train(settings, images, device, folder):
         # Plain means at first: running averages start at a variance of 1, features at 1e-5
         model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            # 0, 1: the keys of steps; those of epochs end in 0, 0
+            # The last 1 tells the keys of steps from those of epochs
             generator = seeded(device, settings.seed, step, 0, 1)
             loss, terms = step_loss(model, settings, x, generator)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
@@ -824,12 +857,16 @@ def train(settings, images, device, folder):
         totals = totals + torch.stack(list(terms.values())).detach()  # no wait for the device
         done = step + 1
         if done % LOG_STEPS == 0 or done == settings.steps:
+            means = dict(zip(terms, (totals / (done - window)).tolist()))  # waits for the device
             now = time.perf_counter()
-            means = dict(zip(terms, (totals / (done - window)).tolist()))
-            speed = (done - window) * len(x) / (now - start)
-            row = {"step": done, **means, "seconds": now - start, "images_per_second": speed}
-            left = (settings.steps - done) * (now - start) / (done - window)
-            print_row(row, settings.steps, left)
+            rate = (done - window) / (now - start)
+            row = {
+                "step": done,
+                **means,
+                "seconds": now - start,
+                "images_per_second": rate * len(x),
+            }
+            print_row(row, settings.steps, (settings.steps - done) / rate)
             check_finite(row)
             history.append(row)
             if now > saved + SAVE_SECONDS or done == settings.steps:
@@ -841,14 +878,21 @@ def train(settings, images, device, folder):
     return model.eval()
 
 
-def resume(folder, model, optimizer):
-    """Load the last checkpoint of a run into model and optimizer -> its history, [] if none."""
+def resume(folder, settings, data, model, optimizer):
+    """Load the last checkpoint in a folder into model and optimizer -> its history, [] if there is
+    none. Raises BadInput if it is of other settings, or of images with another fingerprint."""
     if not (folder / "checkpoint.pt").exists():
         return []
-    stored = load_checkpoint(folder)[2]
+    _, old, stored = load_checkpoint(folder)
+    here = asdict(settings)
+    differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
+    need(not differ, f"{folder}: is another run ({'; '.join(differ)}); pass another --out")
+    need(data == stored["data"], f"{folder}: its images have changed since; pass another --out")
     with reading(f"{folder}, to go on with it,"):
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
+    done = stored["history"][-1]["step"]
+    print(f"{folder}: {done:,} of {settings.steps:,} steps are done")
     return stored["history"]
 
 
@@ -929,7 +973,8 @@ def load_model(path):
 
 class PCA:
     """The best linear code of so many numbers, (B, n, 1, 1), each of variance 1. Its axes are
-    those of images (N, C, S, S) uint8, or of a part of them that takes 2 GB as floats."""
+    those of images (N, C, S, S) uint8, or of a part of them that takes 2 GB as floats. What it
+    decodes is not clamped to [0, 1]."""
 
     def __init__(self, images, numbers, device):
         some = images[:: 1 + images.numel() // 2**29]
@@ -951,6 +996,7 @@ class PCA:
 
 def batches_of(images, device):
     """Yield images uint8 in batches of 128, fewer when they are large, as floats on the device."""
+    check_type(images)
     size = max(1, min(128, 2**21 // images[0, 0].numel()))
     for batch in images.split(size):
         yield batch.to(device).float() / 255
@@ -1005,11 +1051,13 @@ def measure_holes(model, images, holes, mean, device):
 
 
 def measure_codes(model, images, device):
-    """Measure how Gaussian the codes of images are. sigreg: in groups of 128, 1.05 for N(0, I).
-    min_std: the least deviation over images of a channel, near 0 for a collapse. code_size."""
+    """Measure how Gaussian the codes of images are. sigreg: in random groups of 128, 1.05 for
+    N(0, I). min_std: the least deviation over images of a channel, near 0 for a collapse.
+    code_size: the numbers of a code."""
     codes = torch.cat([model.encode(x).cpu() for x in batches_of(images, device)])
     slices = draw_slices(codes.shape[1], 256, seeded("cpu", 0))
-    groups = codes.split(128)
+    order = torch.randperm(len(codes), generator=seeded("cpu", 1))  # images may lie by class
+    groups = codes[order].split(128)
     if len(groups[-1]) < 128:
         groups = groups[:-1] or groups
     scores = [sigreg(group, slices).item() for group in groups]
@@ -1094,6 +1142,8 @@ def report(runs, train_images, test_images, device, folder):
             rows[f"holes of {settings.hole:g}"] = holed
             rows[f"{run}, from holes"] = model.decode(model.encode(holed))
         tables[run] = evaluate(model, train_images, test_images, device, holes)
+        if settings.masked:
+            tables[run]["hole"] = settings.hole
         tables[run]["parameters"] = sum(weight.numel() for weight in model.parameters())
         tables[run]["train_seconds"] = sum(row["seconds"] for row in history)
         tables[run]["images_per_second"] = history[-1]["images_per_second"]
@@ -1106,7 +1156,8 @@ def report(runs, train_images, test_images, device, folder):
         else:
             print(f"PCA of {size:,} numbers is left out: it would take hours")
     if len(runs) == 1:
-        rows |= play(model, x)  # that of the only run
+        for name, images in play(model, x).items():  # those of the only run
+            rows[f"{run}, {name}"] = images
     save_picture(folder / "comparison.png", rows)
     print_table(tables)
     (folder / "metrics.json").write_text(json.dumps(tables, indent=1))
@@ -1145,7 +1196,7 @@ def parse_flags(argv):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     parser.add_argument("--data", metavar="DIR", help="where cifar10 and celeba are (data)")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME-HASH)")
-    parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs or checkpoints")
+    parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs (runs/eval)")
     flags = parser.parse_args(argv)
     names = {item.name for item in fields(Settings)}
     return flags, {name: value for name, value in vars(flags).items() if name in names}
@@ -1156,8 +1207,9 @@ def open_device(name):
     if there is no such device, or if torchrun started several processes."""
     world = os.environ.get("WORLD_SIZE", "1")
     need(world == "1", f"WORLD_SIZE is {world}: there is one process only, so leave out torchrun")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # no such name, driver or card
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from error
@@ -1172,35 +1224,30 @@ def bf16_is_fast(device):
     return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def open_folder(folder):
-    """Make a folder for results. Raises BadInput if something in it would be overwritten."""
-    need(not folder.is_file(), f"--out {folder}: is a file; pass a folder")
+def open_folder(folder, dataset):
+    """Make a folder for results. Raises BadInput if something in it would be overwritten, or if it
+    lies in a dataset that is a folder: its pictures would be taken for images."""
+    need(not folder.is_file(), f"{folder}: is a file; pass a folder as --out")
+    inside = folder.resolve().is_relative_to(Path(dataset).resolve())
+    need(dataset in DATASETS or not inside, f"{folder}: lies among the images; pass another --out")
     names = ("comparison.png", "metrics.json", "log.csv")
     taken = [name for name in names if (folder / name).exists()]
-    need(not taken, f"--out {folder}: holds {', '.join(taken)}; pass another folder")
+    need(not taken, f"{folder}: holds {', '.join(taken)}; pass another folder as --out")
     folder.mkdir(parents=True, exist_ok=True)
-    need(os.access(folder, os.W_OK), f"--out {folder}: cannot be written to; pass another folder")
+    writable = os.access(folder, os.W_OK)
+    need(writable, f"{folder}: cannot be written to; pass another folder as --out")
 
 
-def open_run(folder, settings, data, device):
-    """Make the folder of a run or, if there is a run in it, check that it is the same, trained on
-    the same `data`. Sets the precision that was "auto"."""
+def open_run(folder, settings, device):
+    """Make the folder of a run, unless it has a checkpoint to go on from. Sets the precision that
+    was "auto"."""
     if not (folder / "checkpoint.pt").exists():
-        open_folder(folder)
+        open_folder(folder, settings.dataset)
+        print(f"{folder}: a new run")
         if settings.precision == "auto":
             settings.precision = "bf16" if bf16_is_fast(device) else "fp32"
-        print(f"{folder}: a new run")
-        return
-    _, old, stored = load_checkpoint(folder)
-    if settings.precision == "auto":
-        settings.precision = old.precision  # perhaps that of another machine
-    here = asdict(settings)
-    differ = [f"{k} {v}, here {here[k]}" for k, v in asdict(old).items() if v != here[k]]
-    need(not differ, f"{folder}: is another run ({'; '.join(differ)}); pass another --out")
-    need(data == stored["data"], f"{folder}: its images have changed since; pass another --out")
-    done = stored["history"][-1]["step"]
-    then = "measured again" if done == old.steps else "goes on from there"
-    print(f"{folder}: {done:,} of {old.steps:,} steps are done; {then}")
+    elif settings.precision == "auto":  # the run may come from a machine that chose another one
+        settings.precision = load_checkpoint(folder)[1].precision
 
 
 def load_images(dataset, size, root):
@@ -1225,17 +1272,14 @@ def train_run(flags, given):
     folder = Path(flags.out) if flags.out else run_folder(settings)
     if not flags.out:
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
-    if settings.dataset not in DATASETS:
-        inside = folder.resolve().is_relative_to(Path(settings.dataset).resolve())
-        need(not inside, f"{folder} lies among the images of --dataset; pass an --out elsewhere")
-    open_run(folder, settings, fingerprint(images), device)
+    open_run(folder, settings, device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         on_device = images.to(device)
     train(settings, on_device, device, folder)
     model, settings, stored = load_checkpoint(folder)
-    write_log(folder, stored["history"])  # in case that the run had stopped just before
+    write_log(folder, stored["history"])  # a kill may come between checkpoint and log
     runs = {folder.resolve().name: (model, settings, stored)}
     report(runs, images, test_images, device, folder)
 
@@ -1247,11 +1291,15 @@ def compare_runs(flags, given):
     device = open_device(flags.device)
     runs, kinds = {}, set()
     for path in flags.eval:
+        if Path(path).is_dir() and not Path(path, "checkpoint.pt").exists():
+            print(f"{path}: left out, there is no checkpoint in it")
+            continue
         model, settings, stored = load_checkpoint(path)
         unfinished = stored["history"][-1]["step"] < settings.steps
         label = f"{path} (unfinished)" if unfinished else path
         runs[label] = model, settings, stored
         kinds.add((given.get("dataset", settings.dataset), settings.size, stored["channels"]))
+    need(runs, f"--eval {' '.join(flags.eval)}: there is no checkpoint")
     told = f"--eval: data, side or channels differ: {sorted(kinds)}"
     need(len(kinds) == 1, f"{told}; leave out runs or, if only data differ, pass --dataset")
     dataset, size, channels = kinds.pop()
@@ -1267,7 +1315,7 @@ def compare_runs(flags, given):
     while folder.exists() and not flags.out:
         number += 1
         folder = Path("runs", f"eval-{number}")
-    open_folder(folder)
+    open_folder(folder, dataset)
     report(runs, images, test_images, device, folder)
 
 
@@ -1283,10 +1331,10 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on, from a checkpoint if any", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug; but full memory, which on a CPU has no class of its own, is none
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         if isinstance(error, BrokenPipeError):

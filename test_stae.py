@@ -72,6 +72,25 @@ def test_down_adds_the_mean_of_each_group_of_pixels():
     assert_close(down(x), F.silu(F.avg_pool2d(x, 2)))
 
 
+def test_up_doubles_pixels_and_adds_a_skip():
+    up, x = stae.Up(4, 4), uniform(2, 4, 3, 4)
+    for weight in up.conv2.parameters():
+        nn.init.zeros_(weight)
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert_close(up(x), F.silu(up.skip(doubled)))
+
+
+def test_codes_and_images_are_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        z = tiny_model().encode(uniform(*SHAPE))
+        assert z.dtype == tiny_model().decode(z).dtype == torch.float32
+
+
+def test_a_model_returns_reconstructions():
+    model, x = tiny_model().eval(), uniform(*SHAPE)
+    assert torch.equal(model(x), model.decode(model.encode(x)))
+
+
 def test_the_encoder_shows_features_and_what_follows_the_first_down():
     encoder, x = tiny_model().encoder, uniform(*SHAPE)
     features, inner = encoder(x)
@@ -251,20 +270,29 @@ def test_the_distance_and_its_gradient_by_hand(places):
     assert_close(stae.distance(*lists, layer_weight=0.5), expected)
 
 
+def test_the_distance_of_coarse_features_is_computed_in_float32():
+    lists = [
+        [normal(6, 3, 4, 4, seed=seed).bfloat16() for seed in pair] for pair in ((0, 1), (2, 3))
+    ]
+    exact = [[features.float() for features in both] for both in lists]
+    found = stae.distance(*lists, layer_weight=0.5)
+    assert torch.equal(found, stae.distance(*exact, layer_weight=0.5))
+
+
 def loss_by_hand(model, masked, x, transform, slices, judge, weight):
     """The losses in plain autograd; our functions are d and SIGReg alone."""
-
-    def judged(images):
-        return stae.distance(judge(transform(x)), judge(transform(images)), weight)
-
     if not masked:
         z = model.encode(x)
-        return judged(model.decode(z)) + 0.07 * stae.sigreg(z, slices)
+        target, seen = judge(transform(x)), judge(transform(model.decode(z)))
+        return stae.distance(target, seen, weight) + 0.07 * stae.sigreg(z, slices)
     z, z_holed = model.encode(torch.cat((x, with_holes(x)))).chunk(2)  # one call, one norm
     x_hat, x_holed = model.decode(z), model.decode(z_holed)
-    agreement = stae.distance(judge(x_hat), judge(x_holed))
+    target = judge(transform(x))
+    total = stae.distance(target, judge(transform(x_hat)), weight)
+    total = total + stae.distance(target, judge(transform(x_holed)), weight)
+    total = total + stae.distance(judge(x_hat), judge(x_holed))
     regulariser = stae.sigreg(z, slices) + stae.sigreg(z_holed, slices)
-    return (agreement + judged(x_hat) + judged(x_holed)) / 3 + 0.07 * regulariser / 2
+    return total / 3 + 0.07 * regulariser / 2
 
 
 MODELS = {"ours": tiny_model, "global": lambda: tiny_model(5), "foreign": Foreign}
@@ -308,7 +336,10 @@ def test_what_the_judge_does_not_see_has_no_part_in_the_loss():
     def judge_of_the_left_half(images):
         return encoder(images[..., :8])
 
-    stae.judged_distance(judge_of_the_left_half, lambda y: y, x, x_hat, 1.0).backward()
+    model = SimpleNamespace(encode=lambda x: x[:, :, 0, 0], decode=lambda z: x_hat)
+    T, slices = lambda y: y, torch.rand(3, 8)
+    loss, _ = stae.stae_loss(model, x, T, slices, judge_of_the_left_half, layer_weight=1.0)
+    loss.backward()
     assert x_hat.grad[..., 8:].abs().max() == 0
     assert x_hat.grad[..., :8].abs().min() > 0
 
@@ -361,14 +392,18 @@ WRONG_USE = {
     "--precision auto": lambda: stae.train(stae.Settings(size=16), X.byte(), "cpu", Path()),
     "--size 0: the images have 16": lambda: stae.train(stae.Settings(), X.byte(), "cpu", Path()),
     "must be uint8, from 0 to 255": lambda: stae.train(stae.Settings(), X, "cpu", Path()),
+    "float32: must be uint8": lambda: stae.evaluate(tiny_model(), X, X, "cpu"),
     "layer_weight 2.0.*no inner": lambda: stae.distance(X, X, layer_weight=2.0),
-    "shorter than": lambda: stae.distance([X, X], [X], layer_weight=2.0),
+    "but .* of x_hat": lambda: stae.distance([X, X], [X], layer_weight=2.0),
+    "but .*1, 1.* of x_hat": lambda: stae.distance([X, X], [X, X[:, :, :1, :1]], layer_weight=2.0),
     r"features \(6, 3, 16\).*tokens": lambda: stae.distance(X[..., 0], X[..., 0]),
-    r"features \(6, 3\) of x, but \(6, 8\)": lambda: stae.distance(X[..., 0, 0], X[:, 0, 0, :8]),
+    r"features .*3\)\] of x, but .*8\)\] of": lambda: stae.distance(X[..., 0, 0], X[:, 0, 0, :8]),
     r"features \(1, 3\)": lambda: stae.distance([X[:1, :, 0, 0]], [X[:1, :, 0, 0]]),
     r"codes \(6, 3, 16\)": lambda: stae.sigreg(X[..., 0], torch.rand(3, 8)),
-    r"codes \(6, 3\).*D 4": lambda: stae.sigreg(X[..., 0, 0], torch.rand(4, 8)),
+    r"codes \(6, 3\): need \(N, 4\)": lambda: stae.sigreg(X[..., 0, 0], torch.rand(4, 8)),
     r"decodes \(6, 3, 16, 8\)": lambda: stae.stae_loss(NARROW, X, abs, torch.rand(3, 8), abs),
+    r"decodes \(6, 3, 16, 8\) from \(6, 3, 16, 16\)": lambda: stae.mse_loss(NARROW, X),
+    "6 channels: must divide 16": lambda: stae.Down(4, 6),
 }
 
 
@@ -449,7 +484,7 @@ def test_shapes_are_the_same_bytes_everywhere():
 
 
 def test_an_npz_is_read_as_it_is(here):
-    x = write_npz("a.npz")
+    x = write_npz("a.npz", names=np.array([None]))  # what is not used may be of any kind
     train, test = stae.load_data("a.npz")
     assert torch.equal(train, x[:24]) and torch.equal(test, x[24:])
 
@@ -472,8 +507,10 @@ class Code:
 
 ZEROS = np.zeros((10, 16, 16, 3), np.uint8)
 BAD_NPZ = [  # what is changed of a good one, and what the error says
-    (dict(x_test=None, x_val=ZEROS), r"needs x_test.*x_val uint8 \(10, 16"),
+    (dict(x_test=None, x_val=ZEROS), r"needs x_test; found x_train uint8 \(24, 16.*x_val"),
     (dict(x_test=ZEROS / 255), "must be uint8.*x_test float64"),
+    (dict(x_train=ZEROS == 0), "must be uint8.*x_train bool"),
+    (dict(x_train=ZEROS + 1), "x_train is of 0 and 1 alone; multiply it by 255"),
     (dict(x_test=ZEROS[..., :2]), r"must be uint8.*\(10, 16, 16, 2\)"),
     (dict(x_test=ZEROS[:0]), r"must be uint8.*\(0, 16, 16, 3\)"),
     (dict(x_test=ZEROS[:, 1:]), r"differ in size or channels.*\(10, 15, 16, 3\)"),
@@ -543,22 +580,35 @@ def test_what_is_no_picture_in_a_folder_is_left_out_and_told(here, capsys):
     said = capsys.readouterr().out
     assert "left out 5: hidden; the first is ._d.png" in said
     assert "left out 1: a link in a circle; the first is deep/circle" in said
-    assert re.search(r"left out 1: no ending .*\(.heic\); the first is h.heic", said)
+    assert "left out 1: Pillow cannot read .heic here; the first is h.heic" in said
     assert "left out 1 that cannot be read, the first is photos/t.jpg" in said
     images, readable = stae.read_images(["photos/t.jpg", "elsewhere/g.png"], 16)
     assert images.unique().tolist() == [100] and readable.tolist() == [False, True]
 
 
-@each("first, second", [("train", "test"), ("Train", "VALID"), ("train", "val")])
+def test_the_first_images_are_not_all_of_one_folder(here):
+    for name in [
+        f"{part}/{number}.png" for part in ("train/a", "test/a", "test/b") for number in range(20)
+    ]:
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("photos", name).touch()
+    _, test = stae.list_folder(Path("photos"))
+    assert {path.parent.name for path in test[:16]} == {"a", "b"}
+
+
+SPLITS = [("train", "test"), ("Train", "VALID"), ("train", "val"), ("a/b/train", "a/b/test")]
+
+
+@each("first, second", SPLITS)
 def test_a_folder_with_splits(here, capsys, first, second):
     for index in range(3):
         paint(here / "photos" / first / f"{index}.png", index)
         paint(here / "photos" / second / "deep" / f"{index}.png", 10 + index)
-    paint(here / "photos" / "other" / "0.png", 20)
+    paint(here / "photos" / first / "../other" / "0.png", 20)
     train, test = stae.load_data("photos")
     assert train.shape == test.shape == (3, 3, 64, 64)
     assert greys(train) == [0, 1, 2] and greys(test) == [10, 11, 12]
-    assert re.search(r"left out 1: .* first is other/0.png", capsys.readouterr().out)
+    assert re.search(r"left out 1: .* first is .*other/0.png", capsys.readouterr().out)
     for path in Path("photos", second).rglob("*.png"):
         path.write_text("hello")
     with raises(stae.BadInput, match="none of 3 images can be read"):
@@ -693,6 +743,15 @@ def test_a_run_goes_on_with_what_it_began_with_alone(here, capsys):
     assert "images have changed" in one_line(capsys)
 
 
+def test_train_refuses_the_run_of_other_settings(runs):
+    images = torch.zeros(24, 3, 16, 16, dtype=torch.uint8)
+    settings = stae.Settings(size=16, precision="fp32")
+    before = (runs / "one" / "checkpoint.pt").read_bytes()
+    with raises(stae.BadInput, match="is another run.*steps 6, here 1875"):
+        stae.train(settings, images, "cpu", runs / "one")
+    assert (runs / "one" / "checkpoint.pt").read_bytes() == before
+
+
 def test_two_runs_do_not_mix_in_one_folder(here, often, monkeypatch, capsys):
     def begin_another(step_loss, *arguments):
         assert run(f"{TINY} --lr 0.02 --out run") == 0
@@ -718,6 +777,97 @@ def test_a_run_overwrites_nothing_and_keeps_out_of_its_images(here, capsys, out,
     assert run(f"{TINY} --dataset photos --out {out}") == 2
     assert named in one_line(capsys)
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_the_rate_rises_over_100_steps_and_falls_to_a_twentieth():
+    rates = [stae.learning_rate(step, 2100, 2.0) for step in range(2100)]
+    assert rates[:100] == approx([2 * (step + 1) / 100 for step in range(100)])
+    assert rates[100] == 2 and rates[1100] == approx(1.05) and rates[-1] == approx(0.1, rel=1e-4)
+    falls = [rate - later for rate, later in zip(rates[100:], rates[101:])]
+    assert min(falls) > 0
+
+
+WIRING = dict(size=16, width=4, latent_channels=4, slices=8, transform="crop", crop_min=0.3)
+WIRING |= dict(crop_max=0.8, turn=True, hole=0.2, layer_weight=0.5, sigreg_weight=0.07)
+WIRING |= dict(precision="fp32", batch_size=8, steps=3, seed=5)
+
+
+@each("objective", ["stae", "mse"])
+@each("masked", [False, True])
+@each("judge", ["frozen", "live"])
+def test_a_step_has_the_loss_that_its_settings_name(objective, masked, judge):
+    settings = stae.Settings(**WIRING, objective=objective, masked=masked, judge=judge)
+    x, ours, theirs, draws = uniform(*SHAPE), tiny_model(), tiny_model(), generator(1)
+    loss, _ = stae.step_loss(ours, settings, x, generator(1))
+    loss.backward()
+    holed = stae.cut_holes(x, stae.draw_holes(x.shape, draws, 0.2)) if masked else None
+    if objective == "mse":
+        expected, _ = stae.mse_loss(theirs, x, holed)
+    else:
+        transform = stae.draw_transform("crop", x.shape, draws, (0.3, 0.8), turn=True)
+        rest = transform, stae.draw_slices(4, 8, draws)
+        seer = theirs.encoder if judge == "live" else stae.freeze(theirs.encoder)
+        if masked:
+            expected, _ = stae.masked_loss(theirs, x, holed, *rest, seer, 0.07, 0.5)
+        else:
+            expected, _ = stae.stae_loss(theirs, x, *rest, seer, 0.07, 0.5)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert_close(gradients(ours), gradients(theirs), **NEAR)
+
+
+def test_training_is_adamw_with_clipping_on_seeded_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(stae, "LOG_STEPS", 2)
+    settings, images = stae.Settings(**WIRING, lr=0.05), bytes_of(24, 3, 16, 16)
+    trained = stae.train(settings, images, "cpu", str(tmp_path))
+    torch.manual_seed(5)
+    model = stae.Autoencoder(3, 4, 4, size=16).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    losses = []
+    for step, batch in stae.draw_batches(images, settings, 0):
+        draws = stae.seeded("cpu", 5, step, 0, 1)
+        model.norm.momentum = 1 / (step + 1)
+        loss, _ = stae.step_loss(model, settings, batch / 255, draws)
+        optimizer.zero_grad()
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
+        optimizer.param_groups[0]["lr"] = stae.learning_rate(step, 3, 0.05)
+        optimizer.step()
+        losses.append(loss.item())
+    assert_close(dict(trained.state_dict()), dict(model.state_dict()), **NEAR)
+    rows = stored(tmp_path)["history"]
+    means = [sum(losses[:2]) / 2, losses[2]]
+    assert [row["loss"] for row in rows] == approx(means, rel=1e-4)
+    assert [row["seconds"] * row["images_per_second"] for row in rows] == approx([16, 8])
+
+
+def test_steps_and_epochs_of_all_seeds_have_draws_of_their_own():
+    keys = [(seed, step, 0, end) for seed in (0, 1) for step in (0, 1, 2) for end in (0, 1)]
+    assert len({stae.seeded("cpu", *key).initial_seed() for key in keys}) == 12
+
+
+def test_checkpoints_are_a_minute_apart(tmp_path, monkeypatch):
+    clock, saved = iter(range(0, 10_000, 10)), []  # each look at it takes 10 seconds
+    monkeypatch.setattr(stae.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(stae, "LOG_STEPS", 1)
+    monkeypatch.setattr(stae, "save_checkpoint", lambda *all: saved.append(all[4][-1]["step"]))
+    settings = stae.Settings(**WIRING | {"steps": 12})
+    stae.train(settings, bytes_of(8, 3, 16, 16), "cpu", tmp_path)
+    assert saved == [4, 8, 12]
+
+
+def test_other_images_have_another_fingerprint():
+    images = bytes_of(2001, 3, 4, 4)
+    before = stae.fingerprint(images)
+    images[1999, 2, 3, 3] += 1
+    assert stae.fingerprint(images) != before
+
+
+def test_another_stae_py_makes_another_run(tmp_path, monkeypatch):
+    before = stae.run_folder(stae.Settings())
+    (tmp_path / "stae.py").write_text("another")
+    monkeypatch.setattr(stae, "__file__", str(tmp_path / "stae.py"))
+    assert stae.run_folder(stae.Settings()) != before
 
 
 def test_every_epoch_has_all_images_in_an_order_of_its_own():
@@ -775,6 +925,23 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(
     assert message in one_line(capsys)
     assert stored("run")["history"][-1]["step"] == 2
     assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.csv"]
+
+
+def run_out_of_memory(*arguments):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+def fail(*arguments):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_full_memory_is_one_line_but_a_bug_has_its_traceback(here, monkeypatch, capsys):
+    change_call(monkeypatch, stae, "train", 1, run_out_of_memory)
+    assert run(f"{TINY} --out run") == 1
+    assert "allocate 8 bytes" in one_line(capsys)
+    change_call(monkeypatch, stae, "train", 1, fail)
+    with raises(RuntimeError, match="illegal memory access"):
+        run(f"{TINY} --out run")
 
 
 PRESETS = """shapes: transform=pixel width=32 lr=0.01 batch_size=64 turn=False slices=16
@@ -859,7 +1026,8 @@ def test_ssim_agrees_with_numpy():
 
 
 def test_images_and_holes_are_measured_by_the_mean_error_of_all():
-    train_images, images = bytes_of(30, 3, 16, 16) // 4, bytes_of(130, 3, 16, 16)  # two batches
+    train_images, images = bytes_of(1300, 3, 16, 16) // 4, bytes_of(130, 3, 16, 16)  # in parts
+    train_images[1000:] = 255
     images[129] = 255
     x, holes = images.float() / 255, stae.draw_holes(images.shape, generator(), 0.35)
     found = stae.evaluate(Paler(), train_images, images, "cpu", holes)
@@ -874,16 +1042,40 @@ def test_images_and_holes_are_measured_by_the_mean_error_of_all():
     assert {name: found[name] for name in expected} == approx(expected, rel=1e-4)
 
 
+def test_the_picture_shows_holes_of_the_run(here, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(stae, "save_picture", lambda path, rows: drawn.update(rows))
+    images, model = bytes_of(20, 3, 16, 16), tiny_model().eval()
+    settings = stae.Settings(size=16, masked=True, hole=0.1)
+    stored = {"history": [{"seconds": 1.0, "images_per_second": 1.0}]}
+    stae.report({"samples": (model, settings, stored)}, images, images, torch.device("cpu"), here)
+    x, holes = images[:16] / 255, stae.draw_holes(images.shape, stae.seeded("cpu", 0), 0.1)
+    holed = stae.cut_holes(x, holes[:16])
+    with torch.no_grad():
+        expected = {"originals": x, "samples": model(x)}
+        expected |= {"holes of 0.1": holed, "samples, from holes": model(holed)}
+    assert_close({name: drawn[name] for name in expected}, expected)
+    assert "samples, samples" in drawn
+
+
 def test_codes_are_measured_by_hand():
     images, slices = bytes_of(300, 3, 16, 16), stae.draw_slices(3, 256, stae.seeded("cpu", 0))
     images[:, 1] //= 4
     code = images.float() / 255
+    order = torch.randperm(300, generator=stae.seeded("cpu", 1))
     found = stae.measure_codes(Paler(), images, "cpu")
-    first, second = stae.sigreg(code[:128], slices), stae.sigreg(code[128:256], slices)
+    first, second, _ = [stae.sigreg(code[group], slices) for group in order.split(128)]
     assert found["sigreg"] == approx((first + second).item() / 2, rel=1e-5)
     deviation = code[:, 1].double().std(dim=0, correction=0).mean()
     assert found["min_std"] == approx(deviation.item(), rel=1e-5)
     assert found["code_size"] == 768
+
+
+def test_codes_are_as_gaussian_when_the_images_lie_by_class():
+    images = (40 * normal(1280, 3, 1, 1) + 128).clamp(0, 255).byte()
+    in_order = images[images[:, 0, 0, 0].argsort()]
+    scores = [stae.measure_codes(Paler(), x, "cpu")["sigreg"] for x in (images, in_order)]
+    assert scores[1] == approx(scores[0], rel=0.05)
 
 
 def test_pca_is_the_best_linear_code():
@@ -929,7 +1121,7 @@ def test_runs_are_measured_side_by_side(runs, here):
     one, two, pca = tables.values()
     assert list(tables) == [f"{runs}/one", f"{runs}/two", "PCA 32"]
     assert one.keys() - pca.keys() == {"parameters", "train_seconds", "images_per_second"}
-    assert two.keys() - one.keys() == {"hole_psnr", "hole_floor_psnr"}
+    assert two.keys() - one.keys() == {"hole_psnr", "hole_floor_psnr", "hole"}
     alone = json.loads((runs / "two" / "metrics.json").read_text())
     assert two == approx(alone["two"])
 
@@ -976,6 +1168,21 @@ def test_an_unfinished_run_and_other_images_are_told(here, often, monkeypatch, c
     assert re.search("run .*was trained on other images", capsys.readouterr().out)
 
 
+def test_what_has_no_checkpoint_yet_is_left_out_and_told(runs, here, capsys):
+    Path("new").mkdir()
+    assert run(f"--eval {runs}/one new --device cpu") == 0
+    assert "new: left out" in capsys.readouterr().out
+
+
+def test_tables_are_not_written_among_the_images(bad, here, monkeypatch, capsys):
+    for name in ("photos/0.png", "photos/1.png"):
+        paint(here / name, 0)
+    monkeypatch.chdir("photos")
+    assert run(f"--eval {bad}/done.pt --dataset {here}/photos --device cpu") == 2
+    assert "lies among the images" in one_line(capsys)
+    assert sorted(os.listdir()) == ["0.png", "1.png"]
+
+
 def test_a_model_is_loaded_for_use(runs):
     model, weights = stae.load_model(runs / "one"), stored(runs / "one")["model"]
     assert not model.training and model.size == 16
@@ -995,7 +1202,7 @@ def bad(runs, tmp_path_factory):
         "words": {"history": "abc"},
         "rows": {"history": [{"step": 6}]},
         "wide": {"settings": settings | {"width": 10**9}},
-        "shape": {"settings": settings | {"width": 4096}},
+        "shape": {"settings": settings | {"width": 64}},
         "larger": {"settings": settings | {"size": 24}},
         "lacking": {"model": {"encoder.stem.weight": stem}},
         "extra": {"model": weights | {"extra": stem}},
