@@ -19,7 +19,7 @@ encoder and look wrong to us. One training step, with a generator on the device 
 
     transform = draw_transform("crop", images.shape, generator, turn=True)
     slices = draw_slices(8, 16, generator)  # two for each of the 8 channels of a code
-    model.norm.momentum = max(0.1, 1 / (step + 1))  # running averages that are good from the start
+    model.norm.momentum = max(0.1, 1 / (step + 1))  # good running averages at once
     loss, terms = stae_loss(model, images, transform, slices, freeze(model.encoder))
     optimizer.zero_grad()
     loss.backward()
