@@ -1284,13 +1284,12 @@ def train_run(flags, given):
     report(runs, images, test_images, device, folder)
 
 
-def compare_runs(flags, given):
-    """Measure runs side by side, on their own data or on --dataset."""
-    needless = given.keys() - {"dataset"}
-    need(not needless, f"--eval: {sorted(needless)} come from the runs; leave them out")
-    device = open_device(flags.device)
+def load_runs(paths, dataset, root):
+    """Load runs or checkpoints, and the data that they share, or those of `dataset` instead ->
+    {label: what load_checkpoint returns}, name of the data, images to train on, and to test on.
+    Prints what is unusual. Raises BadInput if the runs do not go together."""
     runs, kinds = {}, set()
-    for path in flags.eval:
+    for path in paths:
         if Path(path).is_dir() and not Path(path, "checkpoint.pt").exists():
             print(f"{path}: left out, there is no checkpoint in it")
             continue
@@ -1298,25 +1297,34 @@ def compare_runs(flags, given):
         unfinished = stored["history"][-1]["step"] < settings.steps
         label = f"{path} (unfinished)" if unfinished else path
         runs[label] = model, settings, stored
-        kinds.add((given.get("dataset", settings.dataset), settings.size, stored["channels"]))
-    need(runs, f"--eval {' '.join(flags.eval)}: there is no checkpoint")
-    told = f"--eval: data, side or channels differ: {sorted(kinds)}"
+        kinds.add((dataset or settings.dataset, settings.size, stored["channels"]))
+    need(runs, f"{' '.join(paths)}: there is no checkpoint")
+    told = f"data, side or channels of the runs differ: {sorted(kinds)}"
     need(len(kinds) == 1, f"{told}; leave out runs or, if only data differ, pass --dataset")
-    dataset, size, channels = kinds.pop()
-    images, test_images = load_images(dataset, size, flags.data)
+    name, size, channels = kinds.pop()
+    images, test_images = load_images(name, size, root)
     found = images.shape[1]
-    need(found == channels, f"--dataset {dataset}: has {found} channels, not {channels}")
+    need(found == channels, f"--dataset {name}: has {found} channels, not {channels}")
     here = fingerprint(images)
     for label, (_, _, stored) in runs.items():
-        if stored["data"] != here and "dataset" not in given:
+        if stored["data"] != here and not dataset:
             print(f"{label}: was trained on other images than those there now, {stored['data']}")
+    return runs, name, images, test_images
+
+
+def compare_runs(flags, given):
+    """Measure runs side by side, on their own data or on --dataset."""
+    needless = given.keys() - {"dataset"}
+    need(not needless, f"--eval: {sorted(needless)} come from the runs; leave them out")
+    device = open_device(flags.device)
+    runs, dataset, *images = load_runs(flags.eval, given.get("dataset"), flags.data)
     folder = Path(flags.out or "runs/eval")
     number = 1
     while folder.exists() and not flags.out:
         number += 1
         folder = Path("runs", f"eval-{number}")
     open_folder(folder, dataset)
-    report(runs, images, test_images, device, folder)
+    report(runs, *images, device, folder)
 
 
 def main(argv=None):

@@ -1144,6 +1144,13 @@ def test_the_controls_of_the_study_run(controls, runs, tmp_path):
     assert controls.main(["nowhere"]) == 2
 
 
+@each("y", [np.array(["a"] * 24), np.arange(24) - 1])
+def test_labels_that_are_no_classes_are_refused(controls, runs, here, capsys, y):
+    write_npz("words.npz", y_train=y)
+    assert controls.main([f"{runs}/one", "--dataset", "words.npz", "--device", "cpu"]) == 2
+    assert "words.npz: y_train" in capsys.readouterr().err
+
+
 def test_the_controls_measure_pictures_by_hand(controls):
     images = bytes_of(20, 3, 16, 16) // 2
     images = torch.cat((images, 128 - images))  # so that the mean image is grey, of 0.25
@@ -1239,7 +1246,7 @@ BAD_LINES = """--dataset nowhere; --dataset notes.txt; --dataset broken; --datas
     --eval code.pt; --eval wide.pt; --eval done.pt --width 8 = width
     --eval done.pt --objective mse = objective
     --eval done.pt --dataset broken; --eval done.pt --dataset grey.npz = 1 channels, not 3
-    --eval done.pt larger.pt = side or channels differ; --eval shape.pt; --eval lacking.pt
+    --eval done.pt larger.pt = channels of the runs differ; --eval shape.pt; --eval lacking.pt
     --eval extra.pt; --eval nan.pt; --eval half.pt; --eval text.pt; --eval no_settings.pt
     --eval no_channels.pt; --eval no_model.pt; --eval no_history.pt; --eval no_data.pt
     --eval words.pt; --eval rows.pt"""

@@ -22,16 +22,22 @@ LIMITS = (0, 1, 3, 7)  # of bands of spatial frequency, inclusive, in cycles per
 
 def load_labels(dataset, root):
     """Return the labels, int64 (N,), of the images to train on and of those to test on, or None:
-    only cifar10 and an .npz with y_train and y_test have any."""
+    only cifar10 and an .npz with y_train and y_test have any. Raises BadInput."""
     if dataset == "cifar10":
         splits = [datasets.CIFAR10(root, train).targets for train in (True, False)]
         return [torch.tensor(targets) for targets in splits]
     if dataset.endswith(".npz"):
         with np.load(dataset) as file:
             if "y_train" in file and "y_test" in file:
-                splits = file["y_train"].reshape(-1), file["y_test"].reshape(-1)
-                return [torch.from_numpy(y.astype(np.int64)) for y in splits]
+                return [read_column(dataset, name, file[name]) for name in ("y_train", "y_test")]
     return None
+
+
+def read_column(path, name, y):
+    """Return the labels of an .npz, (N,) or (N, 1), as int64 (N,). Raises BadInput."""
+    fine = np.issubdtype(y.dtype, np.integer) and y.size > 0 and y.min() >= 0
+    stae.need(fine, f"{path}: {name} {y.dtype}: must be integers from 0 on")
+    return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
 def gather(function, images, device):
@@ -189,17 +195,15 @@ def measure_all(flags):
     """Measure runs, PCA of each size of their codes up to 2,048 numbers, a new network like that of
     the last run, and the originals -> {column: {row: number}}. Raises BadInput."""
     device = stae.open_device(flags.device)
-    loaded = [stae.load_checkpoint(run) for run in flags.runs]
-    columns = {run: (model.to(device), s) for run, (model, s, _) in zip(flags.runs, loaded)}
-    sizes = {s.latent_dim or s.latent_channels * (s.size // 8) ** 2 for _, s, _ in loaded}
-    kinds = {(flags.dataset or s.dataset, s.size, c["channels"]) for _, s, c in loaded}
-    stae.need(len(kinds) == 1, f"{sorted(kinds)} are different data; pass --dataset, or fewer runs")
-    dataset, size, channels = kinds.pop()
-    train, test = stae.load_data(dataset, flags.data, size)
-    stae.need(train.shape[1] == channels, f"--dataset {dataset}: not of {channels} channels")
+    runs, dataset, train, test = stae.load_runs(flags.runs, flags.dataset, flags.data)
+    columns, sizes = {}, set()
+    for run, (model, settings, _) in runs.items():
+        columns[run] = model.to(device), settings
+        side = settings.size // 8
+        sizes.add(settings.latent_dim or settings.latent_channels * side**2)
     for n in sorted(n for n in sizes if n <= 2048):
-        columns[f"PCA {n}"] = stae.PCA(train, n, device), loaded[-1][1]
-    labels = load_labels(dataset, flags.data)
+        columns[f"PCA {n}"] = stae.PCA(train, n, device), settings
+    labels = load_labels(dataset, flags.data or "data")
     picked = torch.randperm(len(train), generator=stae.seeded("cpu", 0))[:10_000]
     classifier, tables = None, {}
     if labels is None:
@@ -209,7 +213,7 @@ def measure_all(flags):
         stae.need(fine, f"{dataset}: y_train, y_test are not as many as x_train, x_test")
         some = train[picked], test, (labels[0][picked], labels[1])
         torch.manual_seed(0)
-        untrained = stae.new_model(loaded[-1][1], channels).to(device).eval()
+        untrained = stae.new_model(settings, train.shape[1]).to(device).eval()
         if flags.recognition:
             classifier = train_classifier(train, labels[0], device, flags.steps)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -235,7 +239,7 @@ def main(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or checkpoints")
     parser.add_argument("--recognition", action="store_true", help="train a classifier too")
     parser.add_argument("--steps", type=int, default=2000, help="of the classifier (2000)")
-    parser.add_argument("--data", default="data", help="where cifar10 and celeba are")
+    parser.add_argument("--data", help="where cifar10 and celeba are (data)")
     for name in ("--dataset", "--device", "--out"):
         parser.add_argument(name)
     try:
