@@ -170,7 +170,7 @@ def sigreg(codes, slices, knots=17, t_max=3.0):
     wants half of the weight in a loss. Raises ValueError for other shapes."""
     if codes.dim() not in (2, 4) or codes.shape[1] != len(slices):
         shape, D = tuple(codes.shape), len(slices)
-        raise ValueError(f"codes {shape}: need (N, {D}) or (N, {D}, h, w); flatten tokens")
+        raise ValueError(f"codes {shape}, slices of {D}: need (N, {D}) or (N, {D}, h, w)")
     with torch.autocast(codes.device.type, enabled=False):  # bf16 would drown small gaps
         codes = codes.float().reshape(*codes.shape[:2], -1).transpose(1, 2)  # (N, places, D)
         projected = (codes @ slices.float()).flatten(1)  # (N, places * M)
@@ -461,7 +461,7 @@ def load_data(dataset, root="data", size=0):
         splits = make_shapes(12_000)
     elif dataset == "cifar10":
         splits = read_cifar10(root)
-    elif dataset.endswith(".npz"):
+    elif dataset.lower().endswith(".npz"):
         splits = read_npz(dataset)
     else:
         splits = list_folder(Path(dataset))
@@ -559,15 +559,26 @@ def find_files(folder, above=()):
             yield path, f"Pillow cannot read {path.suffix or 'files without an ending'} here"
 
 
+TESTS = ("test", "val", "valid", "validation")  # folders of images to test on; the first one counts
+
+
 def name_hash(name):
     """Return an integer that depends on the name alone, as good as random."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
+def split_of(name):
+    """Return which split the folders of a file name put it in, "train", "test", ..., or ""."""
+    for part in name.lower().split("/")[:-1]:
+        if part in ("train", *TESTS):
+            return part
+    return ""
+
+
 def list_folder(folder):
-    """List the images below a folder -> two lists of files, and print what was found: train/ and
-    test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
-    a new file moves no other one."""
+    """List the images below a folder -> two lists of files, and print what was found: those in
+    folders named train and test (or val, valid, validation), at any depth; else a tenth is held
+    out, by a hash of each name, so that a new file moves no other one."""
     need(folder.is_dir(), f"{folder}: no such folder; or is it shapes, cifar10, celeba, .npz?")
     names, left_out = [], {}
     for path, reason in find_files(folder):
@@ -578,18 +589,17 @@ def list_folder(folder):
             names.append(name)
     names.sort(key=name_hash)  # the first 16 of the test images are shown: not all of one folder
 
-    shared = os.path.commonpath(names or [""])  # archives often unpack into one folder more
-    top = {name: name[len(shared) :].lstrip("/").split("/")[0].lower() for name in names}
-    tests = [t for t in ("test", "val", "valid", "validation") if {"train", t} <= {*top.values()}]
-    if tests:
+    splits = {split_of(name) for name in names}
+    tests = [split for split in TESTS if split in splits]
+    if "train" in splits and tests:
         found = f"those in {tests[0]}/"
-        train = [name for name in names if top[name] == "train"]
-        test = [name for name in names if top[name] == tests[0]]
-        rest = [name for name in names if top[name] not in ("train", tests[0])]
+        train = [name for name in names if split_of(name) == "train"]
+        test = [name for name in names if split_of(name) == tests[0]]
+        rest = [name for name in names if split_of(name) not in ("train", tests[0])]
         if rest:
             left_out["in neither split"] = rest
     else:
-        found = "about a tenth, as there is no train/ beside a test/"
+        found = "about a tenth, as there are no folders train/ and test/"
         train = [name for name in names if name_hash(name) % 10]
         test = [name for name in names if name_hash(name) % 10 == 0]
         if not train or not test:
@@ -677,21 +687,27 @@ class Settings:
     """The settings of a run: all that decides its weights. The defaults are for shapes."""
 
     dataset: str = setting("shapes", "shapes, cifar10, celeba, a folder of images or an .npz")
-    size: int = setting(0, "side of the images; 0: as they are, folders 64, celeba 128", (0, 4096))
-    objective: str = setting("stae", "mse: the baseline, the same network", ("stae", "mse"))
+    size: int = setting(0, "side of the images; 0: as they are, a folder 64, celeba 128", (0, 4096))
+    objective: str = setting(
+        "stae", "stae: the method; mse: the baseline, the same network", ("stae", "mse")
+    )
     masked: bool = setting(False, "fill a hole that is cut into each image")
-    hole: float = setting(0.35, "share of the area that the hole takes", (0.001, 0.999))
-    transform: str = setting("pixel", "T, of what the judge sees", TRANSFORMS)
-    crop_min: float = setting(0.5, "least share of the side that a crop takes", (0.001, 1))
-    crop_max: float = setting(1.0, "largest share of the side that a crop takes", (0.001, 1))
-    turn: bool = setting(False, "mirror and turn crops by the symmetries of the square")
-    mask_ratio: float = setting(0.7, "share of the image that a mask blackens", (0.001, 0.999))
-    judge: str = setting("frozen", "live: its weights learn too", ("frozen", "live"))
-    layer_weight: float = setting(0.0, "weight of inner activations", (0, 1e6))
-    sigreg_weight: float = setting(0.03, "lambda, the author's for batches of 128", (0, 1e6))
+    hole: float = setting(0.35, "masked: share of the area that the hole takes", (0.001, 0.999))
+    transform: str = setting("pixel", "T, done to both images that the judge sees", TRANSFORMS)
+    crop_min: float = setting(0.5, "crop: least share of the side that it takes", (0.001, 1))
+    crop_max: float = setting(1.0, "crop: largest share of the side that it takes", (0.001, 1))
+    turn: bool = setting(False, "crop: mirror and turn, by the symmetries of the square")
+    mask_ratio: float = setting(0.7, "pixel, patch, channel: share that is black", (0.001, 0.999))
+    judge: str = setting(
+        "frozen", "frozen: constant for the step; live: its weights learn too", ("frozen", "live")
+    )
+    layer_weight: float = setting(0.0, "weight of inner activations in the distance", (0, 1e6))
+    sigreg_weight: float = setting(
+        0.03, "lambda; 0.03 is the author's for batches of 128", (0, 1e6)
+    )
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(
-        8, "C of a code (C, side/8, side/8); with --latent-dim: --width", (1, 4096)
+        8, "C of a code (C, side/8, side/8); as --width if --latent-dim", (1, 4096)
     )
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
     slices: int = setting(16, "directions of SIGReg, 2 per channel of a code", (1, 10**7))
@@ -699,7 +715,9 @@ class Settings:
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
     seed: int = setting(0, "seed of the initial weights and of all draws", (0, 2**32 - 1))
-    precision: str = setting("auto", "bf16 where it is fast", ("auto", "fp32", "bf16"))
+    precision: str = setting(
+        "auto", "auto: bf16 where it is fast, else fp32", ("auto", "fp32", "bf16")
+    )
 
     def __post_init__(self):
         for item in fields(self):
@@ -1061,7 +1079,8 @@ def measure_codes(model, images, device):
     if len(groups[-1]) < 128:
         groups = groups[:-1] or groups
     scores = [sigreg(group, slices).item() for group in groups]
-    deviations = codes.std(dim=0, correction=0).flatten(1).mean(dim=1)  # mean over places
+    deviations = codes.std(dim=0, correction=0)  # (D,) or (D, h, w)
+    deviations = deviations.reshape(codes.shape[1], -1).mean(dim=1)  # mean over places
     return {
         "sigreg": sum(scores) / len(scores),
         "min_std": deviations.min().item(),
@@ -1072,7 +1091,9 @@ def measure_codes(model, images, device):
 @torch.no_grad()
 def evaluate(model, train_images, test_images, device, holes=None):
     """Measure a model on images (N, C, S, S) uint8 -> the rows of the measure_... functions in one
-    dict. holes: boxes (N, 4) to cut into the test images; None: nothing is hidden."""
+    dict. holes: boxes (N, 4) to cut into the test images; None: nothing is hidden. Raises BadInput
+    for a model in train mode."""
+    need(not getattr(model, "training", False), "evaluate: the model is in train mode; call eval()")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # figures as on a CPU
         results = measure_images(model, test_images, device)
         if holes is not None:
@@ -1195,8 +1216,8 @@ def parse_flags(argv):
         parser.add_argument(flag(item), default=argparse.SUPPRESS, help=text + ")", **kind)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
     parser.add_argument("--data", metavar="DIR", help="where cifar10 and celeba are (data)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME-HASH)")
-    parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs (runs/eval)")
+    parser.add_argument("--out", metavar="DIR", help="where to write (runs/NAME-HASH, runs/eval)")
+    parser.add_argument("--eval", metavar="RUN", nargs="+", help="measure runs or checkpoints")
     flags = parser.parse_args(argv)
     names = {item.name for item in fields(Settings)}
     return flags, {name: value for name, value in vars(flags).items() if name in names}
@@ -1212,7 +1233,7 @@ def open_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # no such name, driver or card
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from error
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0][:200]}; try cpu") from error
     return device
 
 
@@ -1296,6 +1317,7 @@ def load_runs(paths, dataset, root):
         model, settings, stored = load_checkpoint(path)
         unfinished = stored["history"][-1]["step"] < settings.steps
         label = f"{path} (unfinished)" if unfinished else path
+        print(f"{label}: {settings}")
         runs[label] = model, settings, stored
         kinds.add((dataset or settings.dataset, settings.size, stored["channels"]))
     need(runs, f"{' '.join(paths)}: there is no checkpoint")
@@ -1307,8 +1329,8 @@ def load_runs(paths, dataset, root):
     need(found == channels, f"--dataset {name}: has {found} channels, not {channels}")
     here = fingerprint(images)
     for label, (_, _, stored) in runs.items():
-        if stored["data"] != here and not dataset:
-            print(f"{label}: was trained on other images than those there now, {stored['data']}")
+        if stored["data"] != here:
+            print(f"{label}: was trained on other images, {stored['data']}; not on {here}")
     return runs, name, images, test_images
 
 

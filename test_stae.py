@@ -392,7 +392,8 @@ WRONG_USE = {
     "--precision auto": lambda: stae.train(stae.Settings(size=16), X.byte(), "cpu", Path()),
     "--size 0: the images have 16": lambda: stae.train(stae.Settings(), X.byte(), "cpu", Path()),
     "must be uint8, from 0 to 255": lambda: stae.train(stae.Settings(), X, "cpu", Path()),
-    "float32: must be uint8": lambda: stae.evaluate(tiny_model(), X, X, "cpu"),
+    "in train mode": lambda: stae.evaluate(tiny_model(), X.byte(), X.byte(), "cpu"),
+    "float32: must be uint8": lambda: stae.evaluate(Paler(), X, X, "cpu"),
     "layer_weight 2.0.*no inner": lambda: stae.distance(X, X, layer_weight=2.0),
     "but .* of x_hat": lambda: stae.distance([X, X], [X], layer_weight=2.0),
     "but .*1, 1.* of x_hat": lambda: stae.distance([X, X], [X, X[:, :, :1, :1]], layer_weight=2.0),
@@ -400,7 +401,9 @@ WRONG_USE = {
     r"features .*3\)\] of x, but .*8\)\] of": lambda: stae.distance(X[..., 0, 0], X[:, 0, 0, :8]),
     r"features \(1, 3\)": lambda: stae.distance([X[:1, :, 0, 0]], [X[:1, :, 0, 0]]),
     r"codes \(6, 3, 16\)": lambda: stae.sigreg(X[..., 0], torch.rand(3, 8)),
-    r"codes \(6, 3\): need \(N, 4\)": lambda: stae.sigreg(X[..., 0, 0], torch.rand(4, 8)),
+    r"codes \(6, 3\), slices of 4: need \(N, 4\)": lambda: stae.sigreg(
+        X[..., 0, 0], torch.rand(4, 8)
+    ),
     r"decodes \(6, 3, 16, 8\)": lambda: stae.stae_loss(NARROW, X, abs, torch.rand(3, 8), abs),
     r"decodes \(6, 3, 16, 8\) from \(6, 3, 16, 16\)": lambda: stae.mse_loss(NARROW, X),
     "6 channels: must divide 16": lambda: stae.Down(4, 6),
@@ -441,7 +444,7 @@ def test_nothing_on_a_cuda_device_meets_the_cpu(monkeypatch):
         rest = slices, stae.freeze(model.encoder), 0.03, 1.0
         loss, _ = stae.masked_loss(model, x, holed, turned_crop, *rest)
         assert loss.device.type == "cuda"
-        for measured in (model, stae.PCA(images, 4, "cuda")):
+        for measured in (model.eval(), stae.PCA(images, 4, "cuda")):
             stae.evaluate(measured, images, images, "cuda", holes)
         stae.play(model, x)
         with raises(Exception, match="cpu"):
@@ -596,7 +599,7 @@ def test_the_first_images_are_not_all_of_one_folder(here):
     assert {path.parent.name for path in test[:16]} == {"a", "b"}
 
 
-SPLITS = [("train", "test"), ("Train", "VALID"), ("train", "val"), ("a/b/train", "a/b/test")]
+SPLITS = [("train", "test"), ("Train", "VALID"), ("train", "val"), ("a/train", "b/test")]
 
 
 @each("first, second", SPLITS)
@@ -604,11 +607,11 @@ def test_a_folder_with_splits(here, capsys, first, second):
     for index in range(3):
         paint(here / "photos" / first / f"{index}.png", index)
         paint(here / "photos" / second / "deep" / f"{index}.png", 10 + index)
-    paint(here / "photos" / first / "../other" / "0.png", 20)
+    paint(here / "photos" / "other" / "0.png", 20)
     train, test = stae.load_data("photos")
     assert train.shape == test.shape == (3, 3, 64, 64)
     assert greys(train) == [0, 1, 2] and greys(test) == [10, 11, 12]
-    assert re.search(r"left out 1: .* first is .*other/0.png", capsys.readouterr().out)
+    assert re.search(r"left out 1: .* first is other/0.png", capsys.readouterr().out)
     for path in Path("photos", second).rglob("*.png"):
         path.write_text("hello")
     with raises(stae.BadInput, match="none of 3 images can be read"):
@@ -1071,6 +1074,12 @@ def test_codes_are_measured_by_hand():
     assert found["code_size"] == 768
 
 
+def test_flat_codes_are_measured_as_well():
+    images = bytes_of(20, 3, 16, 16)
+    found = stae.evaluate(Foreign().eval(), images, images, "cpu")
+    assert found["code_size"] == 8 and found["min_std"] > 0
+
+
 def test_codes_are_as_gaussian_when_the_images_lie_by_class():
     images = (40 * normal(1280, 3, 1, 1) + 128).clamp(0, 255).byte()
     in_order = images[images[:, 0, 0, 0].argsort()]
@@ -1141,6 +1150,7 @@ def test_the_controls_of_the_study_run(controls, runs, tmp_path):
     tables = json.loads((tmp_path / "a.json").read_text())
     assert list(tables) == [f"{runs}/one", f"{runs}/two", "PCA 32", "untrained", "originals"]
     assert tables[f"{runs}/two"].keys() >= {"recognition", "probe_features", "hole_sharpness"}
+    assert controls.main(line.split()) == 2  # the file is there
     assert controls.main(["nowhere"]) == 2
 
 
@@ -1172,7 +1182,8 @@ def test_an_unfinished_run_and_other_images_are_told(here, often, monkeypatch, c
     write_npz("tiny.npz", x_train=ZEROS)
     assert run("--eval run --device cpu --out out") == 0
     assert "run (unfinished)" in json.loads(Path("out/metrics.json").read_text())
-    assert re.search("run .*was trained on other images", capsys.readouterr().out)
+    assert run("--eval run --dataset tiny.npz --device cpu --out out2") == 0
+    assert len(re.findall("run .*was trained on other images", capsys.readouterr().out)) == 2
 
 
 def test_what_has_no_checkpoint_yet_is_left_out_and_told(runs, here, capsys):

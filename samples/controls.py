@@ -240,10 +240,13 @@ def main(argv=None):
     parser.add_argument("--recognition", action="store_true", help="train a classifier too")
     parser.add_argument("--steps", type=int, default=2000, help="of the classifier (2000)")
     parser.add_argument("--data", help="where cifar10 and celeba are (data)")
-    for name in ("--dataset", "--device", "--out"):
-        parser.add_argument(name)
+    parser.add_argument("--dataset", help="other data than those of the runs")
+    parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
+    parser.add_argument("--out", metavar="FILE", help="where to write the table as json")
     try:
         flags = parser.parse_args(argv)
+        taken = flags.out and Path(flags.out).exists()
+        stae.need(not taken, f"--out {flags.out}: is there already; pass another file")
         tables = measure_all(flags)
         stae.print_table(tables)
         if flags.out:
