@@ -876,20 +876,15 @@ def train(settings, images, device, folder):
         done = step + 1
         if done % LOG_STEPS == 0 or done == settings.steps:
             means = dict(zip(terms, (totals / (done - window)).tolist()))  # waits for the device
-            now = time.perf_counter()
-            rate = (done - window) / (now - start)
-            row = {
-                "step": done,
-                **means,
-                "seconds": now - start,
-                "images_per_second": rate * len(x),
-            }
-            print_row(row, settings.steps, (settings.steps - done) / rate)
+            seconds = time.perf_counter() - start
+            speed = (done - window) * len(x) / seconds
+            row = {"step": done, **means, "seconds": seconds, "images_per_second": speed}
+            print_row(row, settings.steps, (settings.steps - done) * len(x) / speed)
             check_finite(row)
             history.append(row)
-            if now > saved + SAVE_SECONDS or done == settings.steps:
+            if time.perf_counter() > saved + SAVE_SECONDS or done == settings.steps:
                 save_checkpoint(folder, settings, model, optimizer, history, data)
-                saved = now
+                saved = time.perf_counter()
             start, totals, window = time.perf_counter(), 0.0, done
         elif sys.stdout is not None and sys.stdout.isatty():
             print(f"step {done}/{settings.steps}", end="\r", flush=True)
