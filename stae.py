@@ -1303,7 +1303,7 @@ def train_run(flags, given):
 def load_runs(paths, dataset, root):
     """Load runs or checkpoints, and the data that they share, or those of `dataset` instead ->
     {label: what load_checkpoint returns}, name of the data, images to train on, and to test on.
-    Prints what is unusual. Raises BadInput if the runs do not go together."""
+    Prints the settings of each, and what is unusual. Raises BadInput if they do not go together."""
     runs, kinds = {}, set()
     for path in paths:
         if Path(path).is_dir() and not Path(path, "checkpoint.pt").exists():
