@@ -311,7 +311,7 @@ def freeze(encoder):
 
     It runs in eval mode, so that a BatchNorm or a dropout in an encoder of yours does the same to
     both images. Call freeze anew in each step: it shares the weights of the encoder, which move on,
-    and copies its buffers. Activation checkpointing works with use_reentrant=False alone, and in an
+    and copies its buffers. Activation checkpointing needs use_reentrant=False and an
     encoder without BatchNorm or dropout."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
     # Copies, since a later call in train mode moves averages that the backward pass still needs
@@ -340,6 +340,10 @@ def distance(target, seen, layer_weight=0.0):
     or are none of these."""
     if torch.is_tensor(target):
         target, seen = [target], [seen]
+    if layer_weight and len(target) < 2:
+        raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
+    if not layer_weight:
+        target, seen = target[:1], seen[:1]
     shapes, seen_shapes = [tuple(a.shape) for a in target], [tuple(a.shape) for a in seen]
     if shapes != seen_shapes:
         raise ValueError(f"features {shapes} of x, but {seen_shapes} of x_hat")
@@ -347,18 +351,15 @@ def distance(target, seen, layer_weight=0.0):
     if len(shape) not in (2, 4) or target[0].numel() == shape[1]:
         needed = "(B, D) or (B, C, h, w), with several values a channel"
         raise ValueError(f"features {shape}: need {needed}; pool tokens")
-    if layer_weight and len(target) < 2:
-        raise ValueError(f"layer_weight {layer_weight}: the encoder returns no inner activations")
     features, seen_features = target[0].float(), seen[0].float()
     all_but_channels = [dim for dim in range(len(shape)) if dim != 1]
     # 1e-6 is small: new features have variances of 1e-5 to 1e-3. The variance is not detached, or
     # a live judge would lower the loss by shrinking its features
     variance = features.var(dim=all_but_channels, correction=0, keepdim=True)
     total = ((seen_features - features).square() / (variance + 1e-6)).mean()
-    if layer_weight:
-        for inner, seen_inner in zip(target[1:], seen[1:]):
-            error = (seen_inner.float() - inner.float()).square().mean()
-            total = total + layer_weight * error / (inner.float().var(correction=0) + 1e-4)
+    for inner, seen_inner in zip(target[1:], seen[1:]):
+        error = (seen_inner.float() - inner.float()).square().mean()
+        total = total + layer_weight * error / (inner.float().var(correction=0) + 1e-4)
     return total
 
 
@@ -556,10 +557,7 @@ def find_files(folder, above=()):
         elif path.suffix.lower() in Image.registered_extensions():
             yield path, ""
         else:
-            yield path, f"Pillow cannot read {path.suffix or 'files without an ending'} here"
-
-
-TESTS = ("test", "val", "valid", "validation")  # folders of images to test on; the first one counts
+            yield path, f"not a kind that is read here, {path.suffix or 'without an ending'}"
 
 
 def name_hash(name):
@@ -567,18 +565,10 @@ def name_hash(name):
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
-def split_of(name):
-    """Return which split the folders of a file name put it in, "train", "test", ..., or ""."""
-    for part in name.lower().split("/")[:-1]:
-        if part in ("train", *TESTS):
-            return part
-    return ""
-
-
 def list_folder(folder):
-    """List the images below a folder -> two lists of files, and print what was found: those in
-    folders named train and test (or val, valid, validation), at any depth; else a tenth is held
-    out, by a hash of each name, so that a new file moves no other one."""
+    """List the images below a folder -> two lists of files, and print what was found: train/ and
+    test/ (or val/, valid/, validation/), else a tenth is held out, by a hash of each name, so that
+    a new file moves no other one."""
     need(folder.is_dir(), f"{folder}: no such folder; or is it shapes, cifar10, celeba, .npz?")
     names, left_out = [], {}
     for path, reason in find_files(folder):
@@ -589,17 +579,24 @@ def list_folder(folder):
             names.append(name)
     names.sort(key=name_hash)  # the first 16 of the test images are shown: not all of one folder
 
-    splits = {split_of(name) for name in names}
-    tests = [split for split in TESTS if split in splits]
-    if "train" in splits and tests:
+    level = 0  # where train/ may lie: archives often unpack into one folder more
+    while len({name.split("/")[level] for name in names if name.count("/") > level}) == 1:
+        level += 1
+    parts = {}
+    for name in names:
+        folders = name.lower().split("/")[:-1]
+        top = folders[level] if len(folders) > level else ""
+        parts.setdefault(top, []).append(name)
+    tests = [part for part in ("test", "val", "valid", "validation") if part in parts]
+
+    if "train" in parts and tests:
         found = f"those in {tests[0]}/"
-        train = [name for name in names if split_of(name) == "train"]
-        test = [name for name in names if split_of(name) == tests[0]]
-        rest = [name for name in names if split_of(name) not in ("train", tests[0])]
+        train, test = parts.pop("train"), parts.pop(tests[0])
+        rest = sum(parts.values(), [])
         if rest:
             left_out["in neither split"] = rest
     else:
-        found = "about a tenth, as there are no folders train/ and test/"
+        found = "about a tenth, as there is no train/ beside a test/"
         train = [name for name in names if name_hash(name) % 10]
         test = [name for name in names if name_hash(name) % 10 == 0]
         if not train or not test:
@@ -707,7 +704,7 @@ class Settings:
     )
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(
-        8, "C of a code (C, side/8, side/8); as --width if --latent-dim", (1, 4096)
+        8, "C of a code (C, side/8, side/8); with --latent-dim: that of --width", (1, 4096)
     )
     latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
     slices: int = setting(16, "directions of SIGReg, 2 per channel of a code", (1, 10**7))
@@ -781,7 +778,7 @@ def run_folder(settings):
 def fingerprint(images):
     """Return what tells data apart: the count of the images and a hash of all of them."""
     digest = hashlib.sha256()
-    for part in images.split(1000):
+    for part in images.split(100):
         digest.update(part.contiguous().cpu().numpy())
     return f"{len(images)} images {digest.hexdigest()[:12]}"
 
@@ -803,7 +800,7 @@ def draw_batches(images, settings, first):
     for step in range(first, settings.steps):
         epoch, place = divmod(step, len(images) // size)
         if place == 0 or step == first:
-            # The last 0 tells the keys of epochs from those of steps
+            # The last number tells the keys of epochs, 0, from those of steps, 1
             generator = seeded("cpu", settings.seed, epoch, 0, 0)
             order = torch.randperm(len(images), generator=generator).to(images.device)
         yield step, images[order[place * size : (place + 1) * size]]
@@ -836,8 +833,8 @@ def new_model(settings, channels):
 
 def train(settings, images, device, folder):
     """Train on images (N, C, S, S) uint8, or go on with the run in `folder` -> the model, in eval
-    mode. Raises BadInput, also for a run of other settings or images, and
-    FloatingPointError for a loss or gradient that is not finite.
+    mode. Raises BadInput, also for a run of other settings or images, and FloatingPointError for a
+    loss or gradient that is not finite.
 
     The images of a step and all that is drawn in it are functions of the seed and the step, so on
     one kind of device a run that goes on from its last checkpoint ends as if it had never stopped,
@@ -862,7 +859,6 @@ def train(settings, images, device, folder):
         # Plain means at first: running averages start at a variance of 1, features at 1e-5
         model.norm.momentum = max(0.1, 1 / (step + 1))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            # The last 1 tells the keys of steps from those of epochs
             generator = seeded(device, settings.seed, step, 0, 1)
             loss, terms = step_loss(model, settings, x, generator)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings.steps, settings.lr)
@@ -1088,7 +1084,9 @@ def evaluate(model, train_images, test_images, device, holes=None):
     """Measure a model on images (N, C, S, S) uint8 -> the rows of the measure_... functions in one
     dict. holes: boxes (N, 4) to cut into the test images; None: nothing is hidden. Raises BadInput
     for a model in train mode."""
-    need(not getattr(model, "training", False), "evaluate: the model is in train mode; call eval()")
+    parts = model.children() if isinstance(model, nn.Module) else ()
+    training = any(part.training for part in parts)
+    need(not training, "evaluate: the model is in train mode; call model.eval()")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # figures as on a CPU
         results = measure_images(model, test_images, device)
         if holes is not None:
@@ -1150,13 +1148,13 @@ def report(runs, train_images, test_images, device, folder):
         print(f"measuring {run} on {len(test_images):,} test images", flush=True)
         model.to(device, memory_format=torch.channels_last)
         history = stored["history"]
-        rows[run] = model.decode(model.encode(x))
+        rows[run] = model(x)
         holes = None
         if settings.masked:  # the same holes on every device
             holes = draw_holes(test_images.shape, seeded("cpu", 0), settings.hole)
             holed = cut_holes(x, holes[: len(x)].to(device))
             rows[f"holes of {settings.hole:g}"] = holed
-            rows[f"{run}, from holes"] = model.decode(model.encode(holed))
+            rows[f"{run}, from holes"] = model(holed)
         tables[run] = evaluate(model, train_images, test_images, device, holes)
         if settings.masked:
             tables[run]["hole"] = settings.hole
@@ -1240,12 +1238,19 @@ def bf16_is_fast(device):
     return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def open_folder(folder, dataset):
-    """Make a folder for results. Raises BadInput if something in it would be overwritten, or if it
-    lies in a dataset that is a folder: its pictures would be taken for images."""
-    need(not folder.is_file(), f"{folder}: is a file; pass a folder as --out")
+def keep_apart(folder, dataset):
+    """Raise BadInput if a folder of results lies in a dataset that is a folder: the pictures in it
+    would be taken for images."""
     inside = folder.resolve().is_relative_to(Path(dataset).resolve())
-    need(dataset in DATASETS or not inside, f"{folder}: lies among the images; pass another --out")
+    need(
+        dataset in DATASETS or not inside,
+        f"{folder}: lies among the images; pass an --out elsewhere",
+    )
+
+
+def open_folder(folder):
+    """Make a folder for results. Raises BadInput if something in it would be overwritten."""
+    need(not folder.is_file(), f"{folder}: is a file; pass a folder as --out")
     names = ("comparison.png", "metrics.json", "log.csv")
     taken = [name for name in names if (folder / name).exists()]
     need(not taken, f"{folder}: holds {', '.join(taken)}; pass another folder as --out")
@@ -1258,7 +1263,7 @@ def open_run(folder, settings, device):
     """Make the folder of a run, unless it has a checkpoint to go on from. Sets the precision that
     was "auto"."""
     if not (folder / "checkpoint.pt").exists():
-        open_folder(folder, settings.dataset)
+        open_folder(folder)
         print(f"{folder}: a new run")
         if settings.precision == "auto":
             settings.precision = "bf16" if bf16_is_fast(device) else "fp32"
@@ -1288,6 +1293,7 @@ def train_run(flags, given):
     folder = Path(flags.out) if flags.out else run_folder(settings)
     if not flags.out:
         print("The run is named by its settings and by stae.py: an edit of either makes another.")
+    keep_apart(folder, settings.dataset)
     open_run(folder, settings, device)
     print(f"{count:,} images to train on, on {device}: {settings}")
     on_device = images
@@ -1303,7 +1309,8 @@ def train_run(flags, given):
 def load_runs(paths, dataset, root):
     """Load runs or checkpoints, and the data that they share, or those of `dataset` instead ->
     {label: what load_checkpoint returns}, name of the data, images to train on, and to test on.
-    Prints the settings of each, and what is unusual. Raises BadInput if they do not go together."""
+    Prints the settings of each run, and whether it is unfinished or was trained on other images.
+    Raises BadInput if the runs do not go together."""
     runs, kinds = {}, set()
     for path in paths:
         if Path(path).is_dir() and not Path(path, "checkpoint.pt").exists():
@@ -1340,7 +1347,8 @@ def compare_runs(flags, given):
     while folder.exists() and not flags.out:
         number += 1
         folder = Path("runs", f"eval-{number}")
-    open_folder(folder, dataset)
+    keep_apart(folder, dataset)
+    open_folder(folder)
     report(runs, *images, device, folder)
 
 
@@ -1356,11 +1364,16 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on, from a checkpoint if any", file=sys.stderr)
+        print(
+            "\ninterrupted; the same command goes on from the last checkpoint, or begins again",
+            file=sys.stderr,
+        )
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a bug; but full memory, which on a CPU has no class of its own, is none
+        # Full memory is no bug; on a CPU it has no class of its own
+        full = any(words in str(error) for words in ("allocate", "out of memory"))
+        if isinstance(error, RuntimeError) and not full:
+            raise
         print("stae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # nobody reads it: Python must not try once more

@@ -26,8 +26,8 @@ def load_labels(dataset, root):
     if dataset == "cifar10":
         splits = [datasets.CIFAR10(root, train).targets for train in (True, False)]
         return [torch.tensor(targets) for targets in splits]
-    if dataset.endswith(".npz"):
-        with np.load(dataset) as file:
+    if dataset.lower().endswith(".npz"):
+        with stae.reading(dataset), np.load(dataset) as file:
             if "y_train" in file and "y_test" in file:
                 return [read_column(dataset, name, file[name]) for name in ("y_train", "y_test")]
     return None
@@ -36,7 +36,7 @@ def load_labels(dataset, root):
 def read_column(path, name, y):
     """Return the labels of an .npz, (N,) or (N, 1), as int64 (N,). Raises BadInput."""
     fine = np.issubdtype(y.dtype, np.integer) and y.size > 0 and y.min() >= 0
-    stae.need(fine, f"{path}: {name} {y.dtype}: must be integers from 0 on")
+    stae.need(fine, f"{path}: {name}: must be integers, none below 0; begins with {y[:5]}")
     return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
@@ -196,6 +196,7 @@ def measure_all(flags):
     the last run, and the originals -> {column: {row: number}}. Raises BadInput."""
     device = stae.open_device(flags.device)
     runs, dataset, train, test = stae.load_runs(flags.runs, flags.dataset, flags.data)
+    labels = load_labels(dataset, flags.data or "data")
     columns, sizes = {}, set()
     for run, (model, settings, _) in runs.items():
         columns[run] = model.to(device), settings
@@ -203,7 +204,6 @@ def measure_all(flags):
         sizes.add(settings.latent_dim or settings.latent_channels * side**2)
     for n in sorted(n for n in sizes if n <= 2048):
         columns[f"PCA {n}"] = stae.PCA(train, n, device), settings
-    labels = load_labels(dataset, flags.data or "data")
     picked = torch.randperm(len(train), generator=stae.seeded("cpu", 0))[:10_000]
     classifier, tables = None, {}
     if labels is None:
