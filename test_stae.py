@@ -838,7 +838,8 @@ def test_training_is_adamw_with_clipping_on_seeded_draws(tmp_path, monkeypatch):
         optimizer.param_groups[0]["lr"] = stae.learning_rate(step, 3, 0.05)
         optimizer.step()
         losses.append(loss.item())
-    assert_close(dict(trained.state_dict()), dict(model.state_dict()), **NEAR)
+    # Adam divides by small gradients, so that rounding shows; a step moves weights by 0.05
+    assert_close(dict(trained.state_dict()), dict(model.state_dict()), atol=1e-3, rtol=1e-3)
     rows = stored(tmp_path)["history"]
     means = [sum(losses[:2]) / 2, losses[2]]
     assert [row["loss"] for row in rows] == approx(means, rel=1e-4)
