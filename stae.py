@@ -154,7 +154,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_slices(dimensions, count, generator):
-    """Draw `count` uniform directions, unit columns (dimensions, count); 2 per dimension do."""
+    """Draw `count` uniform unit columns (dimensions, count); two per dimension are enough."""
     slices = torch.randn(dimensions, count, device=generator.device, generator=generator)
     return F.normalize(slices, dim=0)
 
@@ -311,8 +311,8 @@ def freeze(encoder):
 
     It runs in eval mode, so that a BatchNorm or a dropout in an encoder of yours does the same to
     both images. Call freeze anew in each step: it shares the weights of the encoder, which move on,
-    and copies its buffers. Activation checkpointing needs use_reentrant=False and an
-    encoder without BatchNorm or dropout."""
+    and copies its buffers. Activation checkpointing needs use_reentrant=False and an encoder
+    without BatchNorm or dropout."""
     constants = {name: weight.detach() for name, weight in encoder.named_parameters()}
     # Copies, since a later call in train mode moves averages that the backward pass still needs
     constants |= {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -685,9 +685,7 @@ class Settings:
 
     dataset: str = setting("shapes", "shapes, cifar10, celeba, a folder of images or an .npz")
     size: int = setting(0, "side of the images; 0: as they are, a folder 64, celeba 128", (0, 4096))
-    objective: str = setting(
-        "stae", "stae: the method; mse: the baseline, the same network", ("stae", "mse")
-    )
+    objective: str = setting("stae", "mse: the baseline, with the same network", ("stae", "mse"))
     masked: bool = setting(False, "fill a hole that is cut into each image")
     hole: float = setting(0.35, "masked: share of the area that the hole takes", (0.001, 0.999))
     transform: str = setting("pixel", "T, done to both images that the judge sees", TRANSFORMS)
@@ -695,26 +693,20 @@ class Settings:
     crop_max: float = setting(1.0, "crop: largest share of the side that it takes", (0.001, 1))
     turn: bool = setting(False, "crop: mirror and turn, by the symmetries of the square")
     mask_ratio: float = setting(0.7, "pixel, patch, channel: share that is black", (0.001, 0.999))
-    judge: str = setting(
-        "frozen", "frozen: constant for the step; live: its weights learn too", ("frozen", "live")
-    )
+    judge: str = setting("frozen", "live: its weights learn in the step too", ("frozen", "live"))
     layer_weight: float = setting(0.0, "weight of inner activations in the distance", (0, 1e6))
-    sigreg_weight: float = setting(
-        0.03, "lambda; 0.03 is the author's for batches of 128", (0, 1e6)
-    )
+    sigreg_weight: float = setting(0.03, "lambda, the author's for batches of 128", (0, 1e6))
     width: int = setting(32, "channels after the stem", (1, 4096))
-    latent_channels: int = setting(
-        8, "C of a code (C, side/8, side/8); with --latent-dim: that of --width", (1, 4096)
+    latent_channels: int = setting(8, "C of a code; with --latent-dim that of --width", (1, 4096))
+    latent_dim: int = setting(
+        0, "numbers of a global code; 0: spatial, C x side/8 x side/8", (0, 10**6)
     )
-    latent_dim: int = setting(0, "numbers of a global code; 0: a spatial one", (0, 10**6))
     slices: int = setting(16, "directions of SIGReg, 2 per channel of a code", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
     lr: float = setting(1e-2, "peak learning rate", (1e-9, 1))
     seed: int = setting(0, "seed of the initial weights and of all draws", (0, 2**32 - 1))
-    precision: str = setting(
-        "auto", "auto: bf16 where it is fast, else fp32", ("auto", "fp32", "bf16")
-    )
+    precision: str = setting("auto", "auto: bf16 if that is fast", ("auto", "fp32", "bf16"))
 
     def __post_init__(self):
         for item in fields(self):
@@ -1084,6 +1076,7 @@ def evaluate(model, train_images, test_images, device, holes=None):
     """Measure a model on images (N, C, S, S) uint8 -> the rows of the measure_... functions in one
     dict. holes: boxes (N, 4) to cut into the test images; None: nothing is hidden. Raises BadInput
     for a model in train mode."""
+    # Of the parts, since a wrapper of torch.compile may keep a mode of its own
     parts = model.children() if isinstance(model, nn.Module) else ()
     training = any(part.training for part in parts)
     need(not training, "evaluate: the model is in train mode; call model.eval()")
@@ -1242,10 +1235,7 @@ def keep_apart(folder, dataset):
     """Raise BadInput if a folder of results lies in a dataset that is a folder: the pictures in it
     would be taken for images."""
     inside = folder.resolve().is_relative_to(Path(dataset).resolve())
-    need(
-        dataset in DATASETS or not inside,
-        f"{folder}: lies among the images; pass an --out elsewhere",
-    )
+    need(dataset in DATASETS or not inside, f"{folder}: lies among the images; pass --out")
 
 
 def open_folder(folder):
@@ -1364,10 +1354,8 @@ def main(argv=None):
             train_run(flags, given)
         return 0
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command goes on from the last checkpoint, or begins again",
-            file=sys.stderr,
-        )
+        told = "interrupted; the same command goes on from the last checkpoint, or begins again"
+        print(f"\n{told}", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         # Full memory is no bug; on a CPU it has no class of its own
