@@ -698,9 +698,7 @@ class Settings:
     sigreg_weight: float = setting(0.03, "lambda, the author's for batches of 128", (0, 1e6))
     width: int = setting(32, "channels after the stem", (1, 4096))
     latent_channels: int = setting(8, "C of a code; with --latent-dim that of --width", (1, 4096))
-    latent_dim: int = setting(
-        0, "numbers of a global code; 0: spatial, C x side/8 x side/8", (0, 10**6)
-    )
+    latent_dim: int = setting(0, "numbers of a global code; 0: (C, side/8, side/8)", (0, 10**6))
     slices: int = setting(16, "directions of SIGReg, 2 per channel of a code", (1, 10**7))
     steps: int = setting(1875, "batches to train on", (1, 10**9))
     batch_size: int = setting(64, "images per step", (2, 10**6))
